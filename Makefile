@@ -1,0 +1,38 @@
+# make demo, make test: each sets up all it needs; only Python 3.10+ and pip have to be there.
+
+PYTHON ?= python3
+VENV ?= .venv
+# The CPU build where the package index has one. For a GPU: make demo TORCH="torch==2.13.0 --index-url <a CUDA index>"
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/quickstart.py
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# A stamp is written when everything before it succeeded: an interrupted set-up is taken up again by the next call.
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) $(TORCH)
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(PIP_INSTALL) --editable ".[demo]"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	$(PIP_INSTALL) --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) .cache outputs

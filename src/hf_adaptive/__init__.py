@@ -1,0 +1,31 @@
+"""Early exits and constant attention for the text classifiers of `transformers`."""
+
+from .auto import AutoModelForSequenceClassificationWithExits
+from .modeling.architectures import ARCHITECTURES, Architecture, make_class, register_architecture
+from .modeling.heads import Head
+from .modeling.outputs import SequenceClassifierWithExitsOutput
+from .version import __version__
+
+for _architecture in list(ARCHITECTURES.values()):
+    register_architecture(_architecture)
+
+
+def __getattr__(name: str) -> type:
+    """`BertForSequenceClassificationWithExits`, `BertWithExitsConfig`, … for every architecture."""
+    return make_class(name)
+
+
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "AutoModelForSequenceClassificationWithExits",
+    "Head",
+    "SequenceClassifierWithExitsOutput",
+    "__version__",
+    "register_architecture",
+    *(
+        name
+        for architecture in ARCHITECTURES.values()
+        for name in (architecture.config_name, architecture.classifier_name)
+    ),
+]

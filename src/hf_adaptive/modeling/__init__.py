@@ -1,0 +1,1 @@
+"""Everything that travels with a checkpoint. One flat folder: see CONTRIBUTING.md."""

@@ -1,0 +1,193 @@
+"""The fields that exits add to a configuration, and their checks."""
+
+import difflib
+import itertools
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+from .criteria import CRITERIA
+from .heads import POOLINGS
+from .routing import SHARES
+
+
+def default_exit_layers(num_layers: int) -> list[int]:
+    """Exits after each quarter of the layers."""
+    return sorted({max(1, round(num_layers * quarter / 4)) for quarter in (1, 2, 3, 4)})
+
+
+@dataclass(kw_only=True, repr=False)
+class ExitsConfigMixin:
+    """Configuration of a classifier with exits: the base architecture's fields and the following.
+
+    Args:
+        exit_layers (`list[int]`, *optional*): Layers run before each exit, ascending, the last one the number of
+            layers. Defaults to an exit after each quarter of the layers.
+        exit_routing (`str` or `float`): Which layers an exit's loss may update: `joint` all below it, `sweet` only
+            those since the exit before it, `disjoint` none (heads on a frozen backbone); or the share of a later
+            exit's gradient that passes each boundary, from 0 (as `sweet`) to 1 (as `joint`).
+        exit_loss_weights (`list[float]`, *optional*): Weight of each exit's loss; None for 1 each.
+        exit_pooling (`str`, *optional*): What an exit's head sees: `cls` (first token), `mean` (of the real tokens) or
+            `last` (last real token). Default by architecture.
+        exit_criterion (`str`): What is compared with the thresholds.
+        exit_thresholds (`list[float | None]`, *optional*): One for each exit but the last; None for an exit that
+            nothing may take. A single number stands for all. None: run everything.
+        exit_temperatures (`list[float]`, *optional*): Each exit's logits are divided by its temperature; None for 1.
+
+    Raises:
+        ValueError: For any value that cannot be used; it names the value, what is allowed, and the fix.
+    """
+
+    exit_layers: list[int] | None = None
+    exit_routing: str | float | int = "sweet"
+    exit_loss_weights: list[float | int] | None = None
+    exit_pooling: str | None = None
+    exit_criterion: str = "confidence"
+    exit_thresholds: list[float | int | None] | float | int | None = None
+    exit_temperatures: list[float | int] | None = None
+
+    def __post_init__(self, **kwargs: Any):
+        refuse_unknown_fields(kwargs, "exit_", exit_field_names())
+        super().__post_init__(**kwargs)
+        if self.exit_layers is None:
+            self.exit_layers = default_exit_layers(self.num_hidden_layers)
+        if self.exit_pooling is None:
+            self.exit_pooling = self.architecture.pooling
+        self.exit_layers = list(self.exit_layers)
+        check_exit_layers(self.exit_layers, self.num_hidden_layers)
+        check_routing(self.exit_routing)
+        check_choice("exit_pooling", self.exit_pooling, POOLINGS)
+        check_choice("exit_criterion", self.exit_criterion, tuple(CRITERIA))
+        self._check_list("exit_loss_weights", "a finite number of at least 0", lambda x: x >= 0)
+        self._check_list("exit_temperatures", "a finite number above 0", lambda x: x > 0)
+        if self.exit_thresholds is not None:
+            self.exit_thresholds = self.checked_thresholds(self.exit_thresholds)
+
+    def checked_thresholds(self, thresholds: Any) -> list[float | None]:
+        """The thresholds as one number (or None) for each exit but the last.
+
+        Raises:
+            ValueError: Wrong number of thresholds, or one outside the criterion's range.
+        """
+        expected = len(self.exit_layers) - 1
+        if isinstance(thresholds, (int, float)) and not isinstance(thresholds, bool):
+            thresholds = [thresholds] * expected
+        thresholds = list(thresholds)
+        if len(thresholds) != expected:
+            raise ValueError(
+                f"exit_thresholds must have {expected} entries, one for each exit but the last (exit_layers="
+                f"{self.exit_layers}), or be a single number for all of them, got {len(thresholds)}: {thresholds}."
+            )
+        for position, threshold in enumerate(thresholds):
+            CRITERIA[self.exit_criterion].check_threshold(threshold, position)
+        return thresholds
+
+    def _check_list(self, name: str, allowed: str, is_allowed: Any) -> None:
+        values = getattr(self, name)
+        if values is None:
+            return
+        expected = len(self.exit_layers)
+        if not isinstance(values, (list, tuple)) or len(values) != expected:
+            raise ValueError(
+                f"{name} must be a list of {expected} numbers, one for each exit (exit_layers={self.exit_layers}), "
+                f"got {values!r}."
+            )
+        for position, value in enumerate(values):
+            if not _is_finite_number(value) or not is_allowed(value):
+                raise ValueError(f"{name}[{position}] must be {allowed}, got {value!r}.")
+        setattr(self, name, list(values))
+
+    @classmethod
+    def added_fields(cls) -> tuple[str, ...]:
+        """Names of the fields that this configuration adds to the plain one."""
+        return exit_field_names()
+
+    @classmethod
+    def from_plain(cls, plain: Any, **fields: Any) -> Any:
+        """A plain configuration with exits added.
+
+        Args:
+            plain: The base architecture's configuration.
+            **fields: `exit_layers`, `exit_routing`, …
+        """
+        config = cls(**_transferable(plain.to_dict()), **fields)
+        config._attn_implementation = plain._attn_implementation
+        return config
+
+    def to_plain(self) -> Any:
+        """The base architecture's configuration, without exits."""
+        values = _transferable(self.to_dict())
+        plain = self.architecture.stock("Config")(
+            **{name: value for name, value in values.items() if name not in self.added_fields()}
+        )
+        plain._attn_implementation = self._attn_implementation
+        return plain
+
+    @property
+    def exit_costs(self) -> list[float]:
+        """Fraction of the layers run up to each exit."""
+        return [depth / self.num_hidden_layers for depth in self.exit_layers]
+
+
+def _transferable(values: dict[str, Any]) -> dict[str, Any]:
+    """A configuration's values without those that name its own class and origin."""
+    own = ("architectures", "auto_map", "keys_to_ignore_at_inference", "model_type", "transformers_version")
+    return {name: value for name, value in values.items() if name not in own}
+
+
+def exit_field_names() -> tuple[str, ...]:
+    """Names of the fields that exits add."""
+    return tuple(field.name for field in fields(ExitsConfigMixin))
+
+
+def refuse_unknown_fields(given: dict[str, Any], prefix: str, known: tuple[str, ...]) -> None:
+    """Raises `ValueError` for an unknown field that starts with `prefix`; a typing error would go unnoticed."""
+    for name in given:
+        if name.startswith(prefix):
+            closest = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {closest[0]}?" if closest else ""
+            raise ValueError(f"unknown configuration field {name!r}; the fields are {', '.join(known)}.{hint}")
+
+
+def check_exit_layers(exit_layers: list[int], num_layers: int) -> None:
+    """Raises `ValueError` unless ascending, within the layers, and ending at the last one."""
+    fix = f"Count layers run, ascending, the last one {num_layers} (the number of layers)"
+    if not exit_layers or not all(isinstance(depth, int) and not isinstance(depth, bool) for depth in exit_layers):
+        raise ValueError(f"exit_layers must be a list of whole numbers, got {exit_layers!r}. {fix}.")
+    outside = [depth for depth in exit_layers if not 1 <= depth <= num_layers]
+    if outside:
+        raise ValueError(
+            f"exit_layers must lie between 1 and {num_layers}, got {outside} in {exit_layers}. {fix}; "
+            f"after the first layer is 1, not 0."
+        )
+    if any(later <= earlier for earlier, later in itertools.pairwise(exit_layers)):
+        raise ValueError(
+            f"exit_layers must be ascending without repeats, got {exit_layers}. Use {sorted(set(exit_layers))}."
+        )
+    if exit_layers[-1] != num_layers:
+        raise ValueError(
+            f"exit_layers must end at the last layer, {num_layers}, got {exit_layers}. "
+            f"Use {[*exit_layers, num_layers]}."
+        )
+
+
+def check_routing(routing: Any) -> None:
+    """Raises `ValueError` unless a known routing or a share from 0 to 1."""
+    if isinstance(routing, str) and routing in SHARES:
+        return
+    if _is_finite_number(routing) and 0 <= routing <= 1:
+        return
+    raise ValueError(
+        f"exit_routing must be one of {', '.join(map(repr, SHARES))}, or a number from 0 (sweet) to 1 (joint), "
+        f"got {routing!r}."
+    )
+
+
+def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Raises `ValueError` unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+
+
+def _is_finite_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

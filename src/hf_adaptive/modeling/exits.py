@@ -1,0 +1,381 @@
+"""Classifiers that answer after a few layers when they are sure.
+
+Rotem et al., ACL 2023 (arXiv 2306.02307): early exit, section 2; SWEET, section 4.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import can_return_tuple, logging
+
+from .criteria import CRITERIA, Evidence, ForcedPolicy, Policy, ThresholdPolicy
+from .heads import ExitHead
+from .inputs import BackboneInputs
+from .layers import LayerList, LayerRun, Pause, Progress, install_layer_list
+from .loading import LoadsPlainCheckpoints
+from .losses import answer_loss, check_labels, exits_loss, problem_type
+from .outputs import SequenceClassifierWithExitsOutput
+from .routing import gradient_share, pass_gradient
+from .saving import SavesWhole
+
+logger = logging.get_logger(__name__)
+
+
+class Answers:
+    """What the exits said so far.
+
+    Args:
+        logits (`torch.Tensor` of shape `(rows, exits, labels)`): NaN where an exit was not reached.
+        exit_index (`torch.LongTensor` of shape `(rows,)`): The exit taken; the last one until a row leaves.
+    """
+
+    def __init__(self, logits: torch.Tensor, exit_index: torch.Tensor):
+        self.logits = logits
+        self.exit_index = exit_index
+
+    @classmethod
+    def none_yet(cls, rows: int, exits: int, like: torch.Tensor) -> "Answers":
+        """No exit reached; scores of the type and on the device of `like`, of shape `(rows, labels)`."""
+        logits = like.new_full((rows, exits, like.shape[-1]), torch.nan)
+        return cls(logits, torch.full((rows,), exits - 1, dtype=torch.long, device=like.device))
+
+    @property
+    def taken(self) -> torch.Tensor:
+        """Scores of the exit that each row took, `(rows, labels)`."""
+        return self.logits[torch.arange(len(self.logits), device=self.logits.device), self.exit_index]
+
+
+class ExitsMixin(SavesWhole, LoadsPlainCheckpoints):
+    """A head after each of `config.exit_layers` of an unmodified backbone.
+
+    In training mode every exit is computed, and the loss is the sum of theirs (`exit_loss_weights`), routed by
+    `exit_routing`. In evaluation mode each row leaves at the first exit where `exit_criterion` reaches that exit's
+    threshold; the batch shrinks, and a row's answer does not depend on the other rows.
+    """
+
+    # The loss is a mean over the batch; Trainer must scale it when it accumulates gradients (transformers#47688).
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        backbone = self.architecture.stock("Model")(config, **self.architecture.model_arguments)
+        setattr(self, self.base_model_prefix, backbone)
+        install_layer_list(backbone, self.architecture.layers)
+        self.exits = nn.ModuleList(self._make_exit(depth) for depth in config.exit_layers)
+        self._exits_are_untrained = True
+        self._check_routing_of_shared_layers()
+        if config.exit_routing == "disjoint":
+            backbone.requires_grad_(False)
+        config.keys_to_ignore_at_inference = ["exit_logits", "exit_index", "hidden_states", "attentions"]
+        self.post_init()
+
+    def _make_exit(self, depth: int) -> ExitHead:
+        path = self.architecture.final_norm
+        has_own_norm = path is not None and depth < self.config.num_hidden_layers
+        norm = self.base_model.get_submodule(path) if has_own_norm else None
+        return ExitHead(self.config, self.architecture.head, norm)
+
+    def _check_routing_of_shared_layers(self) -> None:
+        if self.architecture.shares_layers and 0 < gradient_share(self.config.exit_routing) < 1:
+            raise ValueError(
+                f"exit_routing={self.config.exit_routing!r} has no meaning for {self.architecture.name}, whose layers "
+                "are one shared module: use 'joint', 'sweet' (the module learns from the first exit) or 'disjoint'."
+            )
+
+    @property
+    def _layers(self) -> LayerList:
+        return self.base_model.get_submodule(self.architecture.layers)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        exit_thresholds: list[float | None] | float | None = None,
+        exit_at: int | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> SequenceClassifierWithExitsOutput:
+        """Classifies a batch.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): Tokens; or give `inputs_embeds`.
+            attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*): 1 at real tokens, 0 at padding.
+            token_type_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): Segment of each token.
+            position_ids (`torch.LongTensor` of shape `(batch, length)` or `(1, length)`, *optional*): Positions.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch, length, hidden)`, *optional*): Instead of `input_ids`.
+            labels (`torch.Tensor` of shape `(batch,)` or `(batch, labels)`, *optional*): Class indexes, or 0/1 per
+                label (float), or numbers (regression), as in any `…ForSequenceClassification`.
+            exit_thresholds (`list[float | None]` or `float`, *optional*): Instead of those in the configuration.
+                Evaluation mode only. None for an exit: nothing leaves there.
+            exit_at (`int`, *optional*): Every row leaves after this layer, one of `exit_layers`. Evaluation mode only.
+            output_hidden_states, output_attentions (`bool`, *optional*): As in any model; everything is run then.
+
+        Raises:
+            ValueError: Empty batch; neither or both of `input_ids` and `inputs_embeds`; thresholds, `exit_at` or
+                labels that cannot be used.
+        """
+        inputs = self._inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        policy = self._policy(exit_thresholds, exit_at)
+        if labels is not None:
+            check_labels(labels, inputs.rows, self.config)
+        flags = self._output_flags(output_hidden_states, output_attentions)
+        if policy is not None and not flags:
+            answers, outputs = self._leave_early(inputs, policy), {}
+        else:
+            answers, outputs = self._run_everything(inputs, flags)
+            if policy is not None:
+                answers = self._choose(answers, policy)
+        return SequenceClassifierWithExitsOutput(
+            loss=None if labels is None else self._loss(answers, labels, policy),
+            logits=None if self.training and labels is None else answers.taken,
+            exit_logits=answers.logits,
+            exit_index=answers.exit_index,
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+        )
+
+    # What is asked for
+
+    def _inputs(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        token_type_ids: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+    ) -> BackboneInputs:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds.")
+        main = input_ids if input_ids is not None else inputs_embeds
+        if 0 in main.shape[:2]:
+            raise ValueError(f"the batch is empty: shape {tuple(main.shape)}. Give at least one row and one token.")
+        named = {
+            "input_ids": input_ids,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": None if position_ids is None else position_ids.expand(len(main), -1),
+        }
+        tensors = {name: tensor for name, tensor in named.items() if tensor is not None}
+        return BackboneInputs(tensors, self._padding_mask(input_ids, attention_mask, len(main)))
+
+    def _padding_mask(
+        self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, rows: int
+    ) -> torch.Tensor | None:
+        pooling, pad = self.config.exit_pooling, self.config.pad_token_id
+        if pooling == "last" and rows > 1 and pad is None:
+            raise ValueError(
+                "Cannot handle batch sizes > 1 if no padding token is defined: set model.config.pad_token_id (to the "
+                "tokenizer's), or give one row at a time."
+            )
+        if attention_mask is not None and attention_mask.dim() == 2:
+            return attention_mask
+        if attention_mask is not None and pooling != "cls":
+            raise ValueError(
+                f"exit_pooling={pooling!r} needs an attention_mask of shape (batch, length), got "
+                f"{tuple(attention_mask.shape)}."
+            )
+        return (input_ids != pad).long() if pooling == "last" and input_ids is not None and pad is not None else None
+
+    def _policy(self, thresholds: Any, exit_at: int | None) -> Policy | None:
+        """When rows leave; None to run everything and answer with the last exit."""
+        if exit_at is not None:
+            return self._forced_policy(thresholds, exit_at)
+        thresholds = self.config.exit_thresholds if thresholds is None else self.config.checked_thresholds(thresholds)
+        if self.training or thresholds is None or all(threshold is None for threshold in thresholds):
+            return None
+        criterion = CRITERIA[self.config.exit_criterion]
+        criterion.check_problem_type(problem_type(self.config))
+        if self._exits_are_untrained:
+            logger.warning_once(
+                "exit_thresholds are used with exits that were never trained: what they say means nothing. "
+                "Fine-tune the model first, or load a checkpoint with trained exits."
+            )
+        return ThresholdPolicy(criterion, thresholds)
+
+    def _forced_policy(self, thresholds: Any, exit_at: int) -> Policy | None:
+        if thresholds is not None:
+            raise ValueError(f"give exit_at={exit_at} or exit_thresholds={thresholds}, not both.")
+        if exit_at not in self.config.exit_layers:
+            raise ValueError(
+                f"exit_at must be one of exit_layers={self.config.exit_layers} (layers run), got {exit_at!r}."
+            )
+        index = self.config.exit_layers.index(exit_at)
+        is_last = index == len(self.config.exit_layers) - 1
+        return None if self.training or is_last else ForcedPolicy(index)
+
+    def _output_flags(self, output_hidden_states: bool | None, output_attentions: bool | None) -> dict[str, bool]:
+        asked = {
+            "output_hidden_states": output_hidden_states,
+            "output_attentions": output_attentions,
+        }
+        asked = {name: getattr(self.config, name) if value is None else value for name, value in asked.items()}
+        return {name: value for name, value in asked.items() if value}
+
+    # Running everything
+
+    def _run_everything(self, inputs: BackboneInputs, flags: dict[str, bool]) -> tuple[Answers, Any]:
+        share = gradient_share(self.config.exit_routing)
+        logits: list[torch.Tensor] = []
+
+        def at_exit(depth: int, hidden: torch.Tensor) -> torch.Tensor:
+            logits.append(self._exit_logits(len(logits), hidden, inputs))
+            return pass_gradient(hidden, share)
+
+        outputs, _ = self._run_layers(inputs, at_exit, flags)
+        logits.append(self._exit_logits(len(logits), outputs.last_hidden_state, inputs))
+        stacked = torch.stack(logits, dim=1)
+        last = torch.full((inputs.rows,), len(logits) - 1, dtype=torch.long, device=stacked.device)
+        return Answers(stacked, last), outputs
+
+    def _run_layers(
+        self,
+        inputs: BackboneInputs,
+        at_exit: Callable[[int, torch.Tensor], torch.Tensor],
+        flags: dict[str, bool] | None = None,
+        progress: Progress | None = None,
+    ) -> tuple[Any, Progress]:
+        """Runs the backbone, from `progress` on; outputs are None where `at_exit` paused it."""
+        run = LayerRun(
+            self._layers,
+            tuple(self.config.exit_layers[:-1]),
+            at_exit,
+            shared_gradient=self._shared_gradient,
+            shared_layer_learns=self._shared_layer_learns,
+            progress=progress,
+        )
+        arguments = {**inputs.tensors, **self.architecture.forward_arguments, **(flags or {})}
+        try:
+            with run:
+                return self.base_model(**arguments, return_dict=True), run.progress
+        except Pause:
+            return None, run.progress
+
+    def _shared_gradient(self, depth: int, tensor: torch.Tensor) -> torch.Tensor:
+        # What layers share (DeBERTa's relative embeddings) learns as a layer of the first segment does.
+        boundaries_passed = sum(exit_depth <= depth for exit_depth in self.config.exit_layers)
+        return pass_gradient(tensor, gradient_share(self.config.exit_routing) ** boundaries_passed)
+
+    def _shared_layer_learns(self, depth: int) -> bool:
+        is_separated = self.architecture.shares_layers and gradient_share(self.config.exit_routing) == 0
+        return not is_separated or depth < self.config.exit_layers[0]
+
+    def _exit_logits(self, index: int, hidden: torch.Tensor, inputs: BackboneInputs) -> torch.Tensor:
+        head = self.exits[index]
+        if self.config.exit_routing == "disjoint":
+            hidden = hidden.detach()
+        mask = None if inputs.mask is None else inputs.mask.to(hidden.device)
+        logits = head.classifier(head.pool(hidden, self.config.exit_pooling, mask))
+        temperatures = self.config.exit_temperatures
+        return logits if temperatures is None else logits / temperatures[index]
+
+    # Leaving early
+
+    def _leave_early(self, inputs: BackboneInputs, policy: Policy) -> Answers:
+        """Runs rows until they leave; the rows that stay are run on as a smaller, tighter batch."""
+        leaving = _Leaving(self.config, policy, inputs)
+        progress = None
+        while True:
+            outputs, progress = self._run_layers(leaving.inputs, self._leave_at_exit(leaving), progress=progress)
+            if outputs is not None:
+                last = len(self.exits) - 1
+                leaving.answer(last, self._exit_logits(last, outputs.last_hidden_state, leaving.inputs))
+                return leaving.answers
+            if len(leaving.staying) == 0:
+                return leaving.answers
+            progress.hidden = leaving.shrink(progress.hidden)
+
+    def _leave_at_exit(self, leaving: "_Leaving") -> Callable[[int, torch.Tensor], torch.Tensor]:
+        def at_exit(depth: int, hidden: torch.Tensor) -> torch.Tensor:
+            index = self.config.exit_layers.index(depth)
+            leaving.answer(index, self._exit_logits(index, hidden, leaving.inputs))
+            leaving.decide(index)
+            if len(leaving.staying) < len(leaving.rows):
+                raise Pause
+            return hidden
+
+        return at_exit
+
+    def _choose(self, answers: Answers, policy: Policy) -> Answers:
+        """The exit that each row takes, where all exits were computed."""
+        kind = problem_type(self.config)
+        has_left = torch.zeros_like(answers.exit_index, dtype=torch.bool)
+        exit_index = answers.exit_index.clone()
+        for index in range(len(self.exits) - 1):
+            leaves = policy.leaves(index, Evidence(answers.logits[:, : index + 1], kind)) & ~has_left
+            exit_index[leaves] = index
+            has_left |= leaves
+        return Answers(answers.logits, exit_index)
+
+    def _loss(self, answers: Answers, labels: torch.Tensor, policy: Policy | None) -> torch.Tensor:
+        self._exits_are_untrained = self._exits_are_untrained and not self.training
+        if policy is None:
+            return exits_loss(answers.logits, labels, self.config)
+        return answer_loss(answers.taken, labels, self.config)
+
+
+class _Leaving:
+    """The rows of one batch that are still being run.
+
+    Args:
+        config: The model's configuration.
+        policy (`Policy`): When rows leave.
+        inputs (`BackboneInputs`): The batch.
+    """
+
+    def __init__(self, config: Any, policy: Policy, inputs: BackboneInputs):
+        self.exit_layers = config.exit_layers
+        self.problem_type = problem_type(config)
+        self.policy = policy
+        self.inputs = inputs
+        self.rows = torch.arange(inputs.rows, device=inputs.device)
+        self.answers: Answers | None = None
+        self.staying = torch.arange(inputs.rows)
+        self.window = (0, inputs.length)
+
+    def answer(self, index: int, logits: torch.Tensor) -> None:
+        """Notes what an exit says of the rows still here."""
+        logits = logits.to(self.inputs.device)
+        if self.answers is None:
+            self.answers = Answers.none_yet(len(self.rows), len(self.exit_layers), logits)
+        self.answers.logits[self.rows, index] = logits
+
+    def decide(self, index: int) -> None:
+        """Lets rows leave. One transfer from the device tells who stays and how far their tokens reach."""
+        evidence = Evidence(self.answers.logits[self.rows, : index + 1], self.problem_type)
+        leaves = self.policy.leaves(index, evidence)
+        last = len(self.exit_layers) - 1
+        self.answers.exit_index[self.rows] = torch.where(leaves, index, last)
+        is_nan = evidence.logits[:, -1].isnan().any(dim=-1)
+        leaves, is_nan, start, stop = torch.stack((leaves.long(), is_nan.long(), *self.inputs.spans())).cpu()
+        self._warn_of_nan(index, int(is_nan.sum()))
+        self.staying = (leaves == 0).nonzero().flatten()
+        if len(self.staying):
+            self.window = int(start[self.staying].min()), int(stop[self.staying].max())
+
+    def _warn_of_nan(self, index: int, count: int) -> None:
+        if count:
+            logger.warning_once(
+                f"the exit after layer {self.exit_layers[index]} gave NaN for {count} of {len(self.rows)} rows. They "
+                "are never counted as sure and went on; look for NaN in the weights or an overflow in float16."
+            )
+
+    def shrink(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Keeps the rows that stay, without the padding that only rows gone needed; returns their hidden state."""
+        staying = self.staying.to(self.rows.device)
+        self.rows = self.rows[staying]
+        self.inputs = self.inputs.select(staying)
+        hidden = hidden[staying.to(hidden.device)]
+        if not self.inputs.can_be_trimmed:
+            return hidden
+        start, stop = self.window
+        self.inputs = self.inputs.columns(start, stop)
+        return hidden[:, start:stop]

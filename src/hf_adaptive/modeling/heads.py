@@ -1,0 +1,119 @@
+"""An exit's own classification head, and the ways to make one vector of a sequence."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+POOLINGS = ("cls", "mean", "last")
+
+
+@dataclass(frozen=True)
+class Head:
+    """How an architecture's own classification head is built, and where its stock classifier keeps the parts.
+
+    Applied in the order: input dropout, dense, activation, norm, dropout, classifier.
+
+    Args:
+        classifier (`str`): Path of the last linear layer in the stock `…ForSequenceClassification`.
+        dense (`str`, *optional*): Path of the linear layer before it; None if there is none.
+        dense_bias, classifier_bias (`Callable`): From the configuration, whether these have a bias.
+        activation (`str`): A name of `ACT2FN`, or the configuration field that holds one.
+        norm (`str`, *optional*): Path of a normalisation after the activation.
+        build_norm (`Callable`, *optional*): Makes that normalisation from the configuration.
+        input_dropout, dropout (`Callable`): Dropout probabilities from the configuration.
+    """
+
+    classifier: str
+    dense: str | None = None
+    dense_bias: Callable[[Any], bool] = lambda config: True
+    classifier_bias: Callable[[Any], bool] = lambda config: True
+    activation: str = "tanh"
+    norm: str | None = None
+    build_norm: Callable[[Any], nn.Module] | None = None
+    input_dropout: Callable[[Any], float] = lambda config: 0.0
+    dropout: Callable[[Any], float] = lambda config: 0.0
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Paths in the stock classifier by the name of the part in `ExitHead`."""
+        parts = {"dense": self.dense, "norm": self.norm, "classifier": self.classifier}
+        return {name: path for name, path in parts.items() if path is not None}
+
+
+class ExitHead(nn.Module):
+    """Classifies the pooled hidden state of one exit.
+
+    Args:
+        config: The model's configuration.
+        head (`Head`): How the architecture builds its head.
+        final_norm (`nn.Module`, *optional*): The normalisation that the backbone applies after its last layer. An
+            earlier exit gets its own copy, because its hidden state has not been through it.
+    """
+
+    def __init__(self, config: Any, head: Head, final_norm: nn.Module | None = None):
+        super().__init__()
+        self.final_norm = copy.deepcopy(final_norm)
+        self.input_dropout = nn.Dropout(head.input_dropout(config))
+        self.dense = self.activation = self.norm = None
+        if head.dense is not None:
+            self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=head.dense_bias(config))
+            self.activation = ACT2FN[getattr(config, head.activation, head.activation)]
+        if head.build_norm is not None:
+            self.norm = head.build_norm(config)
+        self.dropout = nn.Dropout(head.dropout(config))
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels, bias=head.classifier_bias(config))
+
+    def pool(self, hidden: torch.Tensor, pooling: str, mask: torch.Tensor | None) -> torch.Tensor:
+        """Vector that the classifier sees.
+
+        Args:
+            hidden (`torch.Tensor` of shape `(rows, length, hidden)`): Output of the exit's layer.
+            pooling (`str`): `cls`, `mean` or `last`.
+            mask (`torch.Tensor` of shape `(rows, length)`, *optional*): 1 at real tokens; None if all are real.
+
+        Returns:
+            `torch.Tensor` of shape `(rows, hidden)`.
+        """
+        if pooling == "mean":
+            # A normalisation belongs to each token, as in the backbone.
+            vector = pool(self._normalised(hidden), pooling, mask)
+        else:
+            vector = self._normalised(pool(hidden, pooling, mask))
+        vector = self.input_dropout(vector)
+        if self.dense is not None:
+            vector = self.activation(self.dense(vector))
+        if self.norm is not None:
+            vector = self.norm(vector)
+        return self.dropout(vector)
+
+    def _normalised(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden if self.final_norm is None else self.final_norm(hidden)
+
+
+def pool(hidden: torch.Tensor, pooling: str, mask: torch.Tensor | None) -> torch.Tensor:
+    """First real token, mean of the real tokens, or last real token.
+
+    Args:
+        hidden (`torch.Tensor` of shape `(rows, length, hidden)`): Hidden state.
+        pooling (`str`): `cls`, `mean` or `last`.
+        mask (`torch.Tensor` of shape `(rows, length)`, *optional*): 1 at real tokens; None if all are real.
+
+    Returns:
+        `torch.Tensor` of shape `(rows, hidden)`.
+    """
+    if mask is None:
+        return hidden.mean(dim=1) if pooling == "mean" else hidden[:, 0 if pooling == "cls" else -1]
+    if pooling == "mean":
+        weights = mask.to(hidden.dtype).unsqueeze(-1)
+        # where, not only a product: padding may hold anything, NaN included.
+        total = torch.where(weights > 0, hidden, 0).sum(dim=1)
+        return total / weights.sum(dim=1).clamp(min=1)
+    real = (mask != 0).long()
+    position = torch.arange(mask.shape[1], device=mask.device)
+    index = real.argmax(dim=1) if pooling == "cls" else (real * position).argmax(dim=1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), index.to(hidden.device)]

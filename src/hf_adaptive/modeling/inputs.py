@@ -1,0 +1,59 @@
+"""What a backbone is given, one row an example."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class BackboneInputs:
+    """The tensors that a backbone is called with.
+
+    Args:
+        tensors (`dict[str, torch.Tensor]`): Batch first.
+        mask (`torch.Tensor` of shape `(rows, length)`, *optional*): 1 at real tokens; None if all are real.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    mask: torch.Tensor | None
+
+    @property
+    def rows(self) -> int:
+        """Number of examples."""
+        return len(next(iter(self.tensors.values())))
+
+    @property
+    def length(self) -> int:
+        """Number of positions, padding included."""
+        return next(iter(self.tensors.values())).shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return next(iter(self.tensors.values())).device
+
+    @property
+    def can_be_trimmed(self) -> bool:
+        """Whether padding is known and every tensor has one entry a position."""
+        attention_mask = self.tensors.get("attention_mask")
+        return self.mask is not None and (attention_mask is None or attention_mask.dim() == 2)
+
+    def select(self, rows: torch.Tensor) -> "BackboneInputs":
+        """The inputs of some rows, by index."""
+        mask = None if self.mask is None else self.mask[rows]
+        return BackboneInputs({name: tensor[rows] for name, tensor in self.tensors.items()}, mask)
+
+    def columns(self, start: int, stop: int) -> "BackboneInputs":
+        """The inputs at some positions."""
+        mask = None if self.mask is None else self.mask[:, start:stop]
+        return BackboneInputs({name: tensor[:, start:stop] for name, tensor in self.tensors.items()}, mask)
+
+    def spans(self) -> torch.Tensor:
+        """First real position, and one past the last, of every row: `torch.LongTensor` of shape `(2, rows)`."""
+        if not self.can_be_trimmed:
+            whole = torch.tensor([[0], [self.length]], device=self.device)
+            return whole.expand(2, self.rows)
+        real = (self.mask != 0).long()
+        first = real.argmax(dim=1)
+        stop = self.length - real.flip(dims=(1,)).argmax(dim=1)
+        return torch.stack((first, stop))

@@ -1,0 +1,161 @@
+"""Running a backbone's layers with something to do at the exits, without touching the backbone's code.
+
+The backbone's `nn.ModuleList` of layers is replaced by a `LayerList`, which holds the same modules under the same
+names. While a `LayerRun` is active it hands out thin stand-ins that count the layers run and call back where an exit
+sits; otherwise it behaves as any `nn.ModuleList`. A run may be paused by an exception at an exit and resumed later
+with fewer rows: the backbone is then called with the inputs of the rows that stay, so masks, position biases and rotary
+tables come from the backbone's own code, and the layers already run are skipped. Nothing has to be guessed about which
+argument of a layer belongs to a row.
+"""
+
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+_ACTIVE_RUN: ContextVar["LayerRun | None"] = ContextVar("hf_adaptive_layer_run", default=None)
+
+
+class Pause(Exception):  # noqa: N818 (no error)
+    """Raised by an exit's callback to leave the backbone before the next layer."""
+
+
+@dataclass
+class Progress:
+    """How far a run has come.
+
+    Args:
+        depth (`int`): Layers run so far.
+        hidden (`torch.Tensor` of shape `(rows, length, hidden)`): Output of the last of them.
+        output_length (`int`, *optional*): Length of the tuple that the layers return; None if they return a tensor.
+    """
+
+    depth: int = 0
+    hidden: torch.Tensor | None = None
+    output_length: int | None = None
+
+
+class LayerRun:
+    """One pass through the layers of one backbone.
+
+    Args:
+        layers (`LayerList`): The layers.
+        boundaries (`tuple[int, ...]`): Depths (layers run) at which `at_boundary` is called, before the next layer.
+        at_boundary (`Callable[[int, torch.Tensor], torch.Tensor]`): Gets the depth and the hidden state there, returns
+            the hidden state to go on with, or raises `Pause`.
+        shared_gradient (`Callable[[int, torch.Tensor], torch.Tensor]`): Applied to every other tensor that a layer is
+            given, with the layer's depth: the way by which parameters shared between layers would learn.
+        shared_layer_learns (`Callable[[int], bool]`): Whether the layer at this depth may learn; always true where
+            layers do not share one module.
+        progress (`Progress`, *optional*): Where to resume.
+    """
+
+    def __init__(
+        self,
+        layers: "LayerList",
+        boundaries: tuple[int, ...],
+        at_boundary: Callable[[int, torch.Tensor], torch.Tensor],
+        shared_gradient: Callable[[int, torch.Tensor], torch.Tensor] = lambda depth, tensor: tensor,
+        shared_layer_learns: Callable[[int], bool] = lambda depth: True,
+        progress: Progress | None = None,
+    ):
+        self.layers = layers
+        self.boundaries = frozenset(boundaries)
+        self.at_boundary = at_boundary
+        self.shared_gradient = shared_gradient
+        self.shared_layer_learns = shared_layer_learns
+        self.resumed = progress or Progress()
+        self.progress = Progress(output_length=self.resumed.output_length)
+
+    def __enter__(self) -> "LayerRun":
+        self._token = _ACTIVE_RUN.set(self)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        _ACTIVE_RUN.reset(self._token)
+
+    def call(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs, or skips, the next layer."""
+        depth = self.progress.depth
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if depth < self.resumed.depth:
+            self.progress.depth += 1
+            return self._as_layer_output(hidden)
+        if self.resumed.hidden is not None and depth == self.resumed.depth:
+            hidden = self.resumed.hidden
+        elif depth in self.boundaries:
+            self.progress.hidden = hidden
+            hidden = self.at_boundary(depth, hidden)
+        args, kwargs = self._with_hidden(hidden, args, kwargs, depth)
+        learns = torch.is_grad_enabled() and self.shared_layer_learns(depth)
+        with torch.set_grad_enabled(learns):
+            output = layer(*args, **kwargs)
+        self.progress.depth += 1
+        self.progress.output_length = len(output) if isinstance(output, tuple) else None
+        return output
+
+    def _as_layer_output(self, hidden: torch.Tensor) -> Any:
+        length = self.progress.output_length
+        return hidden if length is None else (hidden, *[None] * (length - 1))
+
+    def _with_hidden(
+        self, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], depth: int
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            args = (hidden, *(self._with_shared_gradient(depth, value) for value in args[1:]))
+            return args, {name: self._with_shared_gradient(depth, value) for name, value in kwargs.items()}
+        rest = {name: self._with_shared_gradient(depth, value) for name, value in kwargs.items()}
+        return (), {**rest, "hidden_states": hidden}
+
+    def _with_shared_gradient(self, depth: int, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return self.shared_gradient(depth, value) if value.requires_grad else value
+        if isinstance(value, tuple):
+            return tuple(self._with_shared_gradient(depth, item) for item in value)
+        return value
+
+
+class _CountedLayer:
+    """Stands for a layer while a run is active."""
+
+    def __init__(self, run: LayerRun, layer: nn.Module):
+        self._run = run
+        self._layer = layer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run.call(self._layer, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+
+class LayerList(nn.ModuleList):
+    """A backbone's layers; the same modules under the same names as the `nn.ModuleList` that it replaces."""
+
+    def _active_run(self) -> LayerRun | None:
+        run = _ACTIVE_RUN.get()
+        return run if run is not None and run.layers is self else None
+
+    def __iter__(self) -> Iterator[Any]:
+        run = self._active_run()
+        return super().__iter__() if run is None else (_CountedLayer(run, layer) for layer in super().__iter__())
+
+    def __getitem__(self, index: int | slice) -> Any:
+        run = self._active_run()
+        if run is None:
+            return super().__getitem__(index)
+        if isinstance(index, slice):
+            return [_CountedLayer(run, layer) for layer in list(self._modules.values())[index]]
+        return _CountedLayer(run, super().__getitem__(index))
+
+
+def install_layer_list(backbone: nn.Module, path: str) -> LayerList:
+    """Replaces the `nn.ModuleList` at `path` of `backbone` by a `LayerList` of the same modules."""
+    parent_path, _, name = path.rpartition(".")
+    parent = backbone.get_submodule(parent_path)
+    layers = LayerList(backbone.get_submodule(path))
+    setattr(parent, name, layers)
+    return layers

@@ -1,0 +1,86 @@
+"""The loss of a classifier with exits, and the checks of its labels."""
+
+import torch
+from transformers.loss.loss_utils import ForSequenceClassificationLoss
+
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
+
+def problem_type(config) -> str:
+    """The configuration's problem type; where it does not say: regression for one label, else one label of many."""
+    if config.problem_type is not None:
+        return config.problem_type
+    return "regression" if config.num_labels == 1 else "single_label_classification"
+
+
+def exits_loss(exit_logits: torch.Tensor, labels: torch.Tensor, config) -> torch.Tensor:
+    """Sum over the exits of weight times mean loss (SWEET, section 3: all weights 1).
+
+    Args:
+        exit_logits (`torch.Tensor` of shape `(batch, exits, labels)`): Scores of every exit.
+        labels (`torch.Tensor` of shape `(batch,)` or `(batch, labels)`): By problem type.
+        config: The model's configuration.
+
+    Returns:
+        `torch.Tensor`: A scalar.
+
+    Raises:
+        ValueError: Labels that cannot be used.
+    """
+    weights = config.exit_loss_weights or [1.0] * exit_logits.shape[1]
+    losses = [weight * answer_loss(exit_logits[:, index], labels, config) for index, weight in enumerate(weights)]
+    return torch.stack(losses).sum()
+
+
+def answer_loss(logits: torch.Tensor, labels: torch.Tensor, config) -> torch.Tensor:
+    """Mean loss of one answer a row, as every `…ForSequenceClassification` computes it.
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch, labels)`): Scores.
+        labels (`torch.Tensor` of shape `(batch,)` or `(batch, labels)`): By problem type.
+        config: The model's configuration; its problem type is set from the labels if it has none.
+
+    Returns:
+        `torch.Tensor`: A scalar.
+    """
+    return ForSequenceClassificationLoss(labels, logits, config)
+
+
+def check_labels(labels: torch.Tensor, rows: int, config) -> None:
+    """Raises `ValueError` for labels of the wrong type, number or range for the problem."""
+    is_whole = not labels.is_floating_point()
+    kind = config.problem_type
+    if kind is None:
+        kind = "regression" if config.num_labels == 1 else PROBLEM_TYPES[1 if is_whole else 2]
+    if kind not in PROBLEM_TYPES:
+        raise ValueError(f"problem_type must be one of {', '.join(PROBLEM_TYPES)}, got {kind!r}.")
+    if kind == "single_label_classification":
+        _check_class_indexes(labels, rows, config.num_labels, is_whole)
+    else:
+        _check_numbers(labels, rows, config.num_labels, is_whole, kind)
+
+
+def _check_class_indexes(labels: torch.Tensor, rows: int, num_labels: int, is_whole: bool) -> None:
+    if not is_whole:
+        raise ValueError(
+            f"labels must be whole numbers for single_label_classification, got {labels.dtype}. For several labels "
+            "at once set problem_type='multi_label_classification'; for numbers, num_labels=1."
+        )
+    if labels.numel() != rows:
+        raise ValueError(f"labels must have one entry a row ({rows}), got shape {tuple(labels.shape)}.")
+    wrong = labels[(labels != -100) & ((labels < 0) | (labels >= num_labels))]
+    if len(wrong):
+        raise ValueError(
+            f"labels must lie between 0 and {num_labels - 1} (num_labels={num_labels}; -100 is left out of the loss), "
+            f"got {wrong.unique().tolist()[:5]}. Load the model with the right num_labels, or mend the data."
+        )
+
+
+def _check_numbers(labels: torch.Tensor, rows: int, num_labels: int, is_whole: bool, kind: str) -> None:
+    if is_whole:
+        raise ValueError(f"labels must be floats for {kind}, got {labels.dtype}. Cast them with labels.float().")
+    if labels.numel() != rows * num_labels:
+        raise ValueError(
+            f"labels must have shape ({rows}, {num_labels}) for {kind} with num_labels={num_labels}, "
+            f"got {tuple(labels.shape)}."
+        )
