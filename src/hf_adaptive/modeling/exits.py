@@ -10,44 +10,22 @@ import torch
 from torch import nn
 from transformers.utils import can_return_tuple, logging
 
-from .criteria import CRITERIA, Evidence, ForcedPolicy, Policy, ThresholdPolicy
+from .answers import Answers, Leaving, choose_exits
+from .criteria import CRITERIA, ForcedPolicy, Policy, ThresholdPolicy
 from .heads import ExitHead
 from .inputs import BackboneInputs
 from .layers import LayerList, LayerRun, Pause, Progress, install_layer_list
 from .loading import LoadsPlainCheckpoints
 from .losses import answer_loss, check_labels, exits_loss, problem_type
 from .outputs import SequenceClassifierWithExitsOutput
+from .prediction import PredictsDatasets
 from .routing import gradient_share, pass_gradient
 from .saving import SavesWhole
 
 logger = logging.get_logger(__name__)
 
 
-class Answers:
-    """What the exits said so far.
-
-    Args:
-        logits (`torch.Tensor` of shape `(rows, exits, labels)`): NaN where an exit was not reached.
-        exit_index (`torch.LongTensor` of shape `(rows,)`): The exit taken; the last one until a row leaves.
-    """
-
-    def __init__(self, logits: torch.Tensor, exit_index: torch.Tensor):
-        self.logits = logits
-        self.exit_index = exit_index
-
-    @classmethod
-    def none_yet(cls, rows: int, exits: int, like: torch.Tensor) -> "Answers":
-        """No exit reached; scores of the type and on the device of `like`, of shape `(rows, labels)`."""
-        logits = like.new_full((rows, exits, like.shape[-1]), torch.nan)
-        return cls(logits, torch.full((rows,), exits - 1, dtype=torch.long, device=like.device))
-
-    @property
-    def taken(self) -> torch.Tensor:
-        """Scores of the exit that each row took, `(rows, labels)`."""
-        return self.logits[torch.arange(len(self.logits), device=self.logits.device), self.exit_index]
-
-
-class ExitsMixin(SavesWhole, LoadsPlainCheckpoints):
+class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, PredictsDatasets):
     """A head after each of `config.exit_layers` of an unmodified backbone.
 
     In training mode every exit is computed, and the loss is the sum of theirs (`exit_loss_weights`), routed by
@@ -132,7 +110,7 @@ class ExitsMixin(SavesWhole, LoadsPlainCheckpoints):
         else:
             answers, outputs = self._run_everything(inputs, flags)
             if policy is not None:
-                answers = self._choose(answers, policy)
+                answers.exit_index = choose_exits(answers.logits, policy, problem_type(self.config))
         return SequenceClassifierWithExitsOutput(
             loss=None if labels is None else self._loss(answers, labels, policy),
             logits=None if self.training and labels is None else answers.taken,
@@ -281,19 +259,16 @@ class ExitsMixin(SavesWhole, LoadsPlainCheckpoints):
 
     def _leave_early(self, inputs: BackboneInputs, policy: Policy) -> Answers:
         """Runs rows until they leave; the rows that stay are run on as a smaller, tighter batch."""
-        leaving = _Leaving(self.config, policy, inputs)
-        progress = None
-        while True:
-            outputs, progress = self._run_layers(leaving.inputs, self._leave_at_exit(leaving), progress=progress)
-            if outputs is not None:
-                last = len(self.exits) - 1
-                leaving.answer(last, self._exit_logits(last, outputs.last_hidden_state, leaving.inputs))
-                return leaving.answers
-            if len(leaving.staying) == 0:
-                return leaving.answers
+        leaving = Leaving(self.config, policy, inputs)
+        progress = self._run_until_rows_leave(leaving)
+        while progress is not None:
             progress.hidden = leaving.shrink(progress.hidden)
+            progress = self._run_until_rows_leave(leaving, progress)
+        return leaving.answers
 
-    def _leave_at_exit(self, leaving: "_Leaving") -> Callable[[int, torch.Tensor], torch.Tensor]:
+    def _run_until_rows_leave(self, leaving: Leaving, progress: Progress | None = None) -> Progress | None:
+        """Runs a batch to the next exit where a row leaves; None if no row is left or the last layer was run."""
+
         def at_exit(depth: int, hidden: torch.Tensor) -> torch.Tensor:
             index = self.config.exit_layers.index(depth)
             leaving.answer(index, self._exit_logits(index, hidden, leaving.inputs))
@@ -302,80 +277,15 @@ class ExitsMixin(SavesWhole, LoadsPlainCheckpoints):
                 raise Pause
             return hidden
 
-        return at_exit
-
-    def _choose(self, answers: Answers, policy: Policy) -> Answers:
-        """The exit that each row takes, where all exits were computed."""
-        kind = problem_type(self.config)
-        has_left = torch.zeros_like(answers.exit_index, dtype=torch.bool)
-        exit_index = answers.exit_index.clone()
-        for index in range(len(self.exits) - 1):
-            leaves = policy.leaves(index, Evidence(answers.logits[:, : index + 1], kind)) & ~has_left
-            exit_index[leaves] = index
-            has_left |= leaves
-        return Answers(answers.logits, exit_index)
+        outputs, progress = self._run_layers(leaving.inputs, at_exit, progress=progress)
+        if outputs is None:
+            return progress if len(leaving.staying) else None
+        last = len(self.exits) - 1
+        leaving.answer(last, self._exit_logits(last, outputs.last_hidden_state, leaving.inputs))
+        return None
 
     def _loss(self, answers: Answers, labels: torch.Tensor, policy: Policy | None) -> torch.Tensor:
         self._exits_are_untrained = self._exits_are_untrained and not self.training
         if policy is None:
             return exits_loss(answers.logits, labels, self.config)
         return answer_loss(answers.taken, labels, self.config)
-
-
-class _Leaving:
-    """The rows of one batch that are still being run.
-
-    Args:
-        config: The model's configuration.
-        policy (`Policy`): When rows leave.
-        inputs (`BackboneInputs`): The batch.
-    """
-
-    def __init__(self, config: Any, policy: Policy, inputs: BackboneInputs):
-        self.exit_layers = config.exit_layers
-        self.problem_type = problem_type(config)
-        self.policy = policy
-        self.inputs = inputs
-        self.rows = torch.arange(inputs.rows, device=inputs.device)
-        self.answers: Answers | None = None
-        self.staying = torch.arange(inputs.rows)
-        self.window = (0, inputs.length)
-
-    def answer(self, index: int, logits: torch.Tensor) -> None:
-        """Notes what an exit says of the rows still here."""
-        logits = logits.to(self.inputs.device)
-        if self.answers is None:
-            self.answers = Answers.none_yet(len(self.rows), len(self.exit_layers), logits)
-        self.answers.logits[self.rows, index] = logits
-
-    def decide(self, index: int) -> None:
-        """Lets rows leave. One transfer from the device tells who stays and how far their tokens reach."""
-        evidence = Evidence(self.answers.logits[self.rows, : index + 1], self.problem_type)
-        leaves = self.policy.leaves(index, evidence)
-        last = len(self.exit_layers) - 1
-        self.answers.exit_index[self.rows] = torch.where(leaves, index, last)
-        is_nan = evidence.logits[:, -1].isnan().any(dim=-1)
-        leaves, is_nan, start, stop = torch.stack((leaves.long(), is_nan.long(), *self.inputs.spans())).cpu()
-        self._warn_of_nan(index, int(is_nan.sum()))
-        self.staying = (leaves == 0).nonzero().flatten()
-        if len(self.staying):
-            self.window = int(start[self.staying].min()), int(stop[self.staying].max())
-
-    def _warn_of_nan(self, index: int, count: int) -> None:
-        if count:
-            logger.warning_once(
-                f"the exit after layer {self.exit_layers[index]} gave NaN for {count} of {len(self.rows)} rows. They "
-                "are never counted as sure and went on; look for NaN in the weights or an overflow in float16."
-            )
-
-    def shrink(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Keeps the rows that stay, without the padding that only rows gone needed; returns their hidden state."""
-        staying = self.staying.to(self.rows.device)
-        self.rows = self.rows[staying]
-        self.inputs = self.inputs.select(staying)
-        hidden = hidden[staying.to(hidden.device)]
-        if not self.inputs.can_be_trimmed:
-            return hidden
-        start, stop = self.window
-        self.inputs = self.inputs.columns(start, stop)
-        return hidden[:, start:stop]

@@ -3,9 +3,9 @@
 The backbone's `nn.ModuleList` of layers is replaced by a `LayerList`, which holds the same modules under the same
 names. While a `LayerRun` is active it hands out thin stand-ins that count the layers run and call back where an exit
 sits; otherwise it behaves as any `nn.ModuleList`. A run may be paused by an exception at an exit and resumed later
-with fewer rows: the backbone is then called with the inputs of the rows that stay, so masks, position biases and rotary
-tables come from the backbone's own code, and the layers already run are skipped. Nothing has to be guessed about which
-argument of a layer belongs to a row.
+with fewer rows: the backbone is then called with the inputs of the rows that stay, so masks, position biases and
+rotary tables come from the backbone's own code, and the layers already run are skipped. Nothing has to be guessed
+about which argument of a layer belongs to a row.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,0 +1,126 @@
+"""What the exits said of each row, and which rows go on."""
+
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from .criteria import Evidence, Policy
+from .inputs import BackboneInputs
+from .losses import problem_type
+
+logger = logging.get_logger(__name__)
+
+
+class Answers:
+    """What the exits said so far.
+
+    Args:
+        logits (`torch.Tensor` of shape `(rows, exits, labels)`): NaN where an exit was not reached.
+        exit_index (`torch.LongTensor` of shape `(rows,)`): The exit taken; the last one until a row leaves.
+    """
+
+    def __init__(self, logits: torch.Tensor, exit_index: torch.Tensor):
+        self.logits = logits
+        self.exit_index = exit_index
+
+    @classmethod
+    def none_yet(cls, rows: int, exits: int, like: torch.Tensor) -> "Answers":
+        """No exit reached; scores of the type and on the device of `like`, of shape `(rows, labels)`."""
+        logits = like.new_full((rows, exits, like.shape[-1]), torch.nan)
+        return cls(logits, torch.full((rows,), exits - 1, dtype=torch.long, device=like.device))
+
+    @property
+    def taken(self) -> torch.Tensor:
+        """Scores of the exit that each row took, `(rows, labels)`."""
+        return self.logits[torch.arange(len(self.logits), device=self.logits.device), self.exit_index]
+
+
+def choose_exits(exit_logits: torch.Tensor, policy: Policy, problem_type: str) -> torch.Tensor:
+    """The exit that each row takes, where all exits were computed.
+
+    Args:
+        exit_logits (`torch.Tensor` of shape `(rows, exits, labels)`): Divided by the temperatures.
+        policy (`Policy`): When rows leave.
+        problem_type (`str`): As in the configuration.
+
+    Returns:
+        `torch.LongTensor` of shape `(rows,)`: Indexes into `exit_layers`.
+    """
+    rows, exits = exit_logits.shape[:2]
+    exit_index = torch.full((rows,), exits - 1, dtype=torch.long, device=exit_logits.device)
+    for index in reversed(range(exits - 1)):
+        leaves = policy.leaves(index, Evidence(exit_logits[:, : index + 1], problem_type))
+        exit_index = torch.where(leaves, index, exit_index)
+    return exit_index
+
+
+class Leaving:
+    """The rows of one batch that are still being run.
+
+    Args:
+        config: The model's configuration.
+        policy (`Policy`): When rows leave.
+        inputs (`BackboneInputs`): The batch.
+        rows (`torch.LongTensor` of shape `(rows,)`, *optional*): Where the rows stand in `answers`.
+        answers (`Answers`, *optional*): Where to note what the exits say; made when the first exit is reached.
+        total (`int`, *optional*): Rows of `answers`, where they are more than these.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        policy: Policy,
+        inputs: BackboneInputs,
+        rows: torch.Tensor | None = None,
+        answers: Answers | None = None,
+        total: int | None = None,
+    ):
+        self.exit_layers = config.exit_layers
+        self.problem_type = problem_type(config)
+        self.policy = policy
+        self.inputs = inputs
+        self.rows = torch.arange(inputs.rows, device=inputs.device) if rows is None else rows
+        self.answers = answers
+        self.total = inputs.rows if total is None else total
+        self.staying = torch.arange(inputs.rows)
+        self.window = (0, inputs.length)
+
+    def answer(self, index: int, logits: torch.Tensor) -> None:
+        """Notes what an exit says of the rows still here."""
+        logits = logits.to(self.inputs.device)
+        if self.answers is None:
+            self.answers = Answers.none_yet(self.total, len(self.exit_layers), logits)
+        self.answers.logits[self.rows, index] = logits
+
+    def decide(self, index: int) -> None:
+        """Lets rows leave. One transfer from the device tells who stays and how far their tokens reach."""
+        evidence = Evidence(self.answers.logits[self.rows, : index + 1], self.problem_type)
+        leaves = self.policy.leaves(index, evidence)
+        last = len(self.exit_layers) - 1
+        self.answers.exit_index[self.rows] = torch.where(leaves, index, last)
+        is_nan = evidence.logits[:, -1].isnan().any(dim=-1)
+        leaves, is_nan, start, stop = torch.stack((leaves.long(), is_nan.long(), *self.inputs.spans())).cpu()
+        self._warn_of_nan(index, int(is_nan.sum()))
+        self.staying = (leaves == 0).nonzero().flatten()
+        if len(self.staying):
+            self.window = int(start[self.staying].min()), int(stop[self.staying].max())
+
+    def _warn_of_nan(self, index: int, count: int) -> None:
+        if count:
+            logger.warning_once(
+                f"the exit after layer {self.exit_layers[index]} gave NaN for {count} of {len(self.rows)} rows. They "
+                "are never counted as sure and went on; look for NaN in the weights or an overflow in float16."
+            )
+
+    def shrink(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Keeps the rows that stay, without the padding that only rows gone needed; returns their hidden state."""
+        staying = self.staying.to(self.rows.device)
+        self.rows = self.rows[staying]
+        self.inputs = self.inputs.select(staying)
+        hidden = hidden[staying.to(hidden.device)]
+        if not self.inputs.can_be_trimmed:
+            return hidden
+        start, stop = self.window
+        self.inputs = self.inputs.columns(start, stop)
+        return hidden[:, start:stop]

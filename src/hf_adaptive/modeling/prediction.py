@@ -1,0 +1,257 @@
+"""Prediction over a data set, stage by stage.
+
+All examples go through the layers up to the first exit in full batches of similar length; those that stay are
+regrouped into full batches for the next segment, and so on. One hard example does not hold a batch, and a batch that
+lost most of its rows is not run on nearly empty.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from .answers import Answers, Leaving
+from .criteria import Policy
+from .inputs import BackboneInputs
+from .layers import Progress
+from .outputs import SequenceClassifierWithExitsOutput
+
+INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+
+
+@dataclass
+class _Rows:
+    """Some examples on their way through the layers.
+
+    Args:
+        places (`torch.LongTensor` of shape `(rows,)`): Where they stand in the data set.
+        inputs (`BackboneInputs`): What the backbone is given.
+        hidden (`torch.Tensor` of shape `(rows, length, hidden)`): Output of the last layer that was run.
+    """
+
+    places: torch.Tensor
+    inputs: BackboneInputs
+    hidden: torch.Tensor
+
+    def split(self, count: int) -> tuple["_Rows", "_Rows"]:
+        """The first `count` rows, and the others."""
+        parts = slice(0, count), slice(count, None)
+        first, rest = (_Rows(self.places[p], self.inputs.select(p), self.hidden[p]) for p in parts)
+        return first, rest
+
+
+class StageQueue:
+    """Rows that wait at one exit until there is a full batch of them.
+
+    Args:
+        padding (`dict[str, int]`): What each input is padded with.
+    """
+
+    def __init__(self, padding: dict[str, int]):
+        self.padding = padding
+        self.chunks: list[_Rows] = []
+
+    def __len__(self) -> int:
+        return sum(len(chunk.places) for chunk in self.chunks)
+
+    def put(self, rows: _Rows) -> None:
+        """Adds rows at the end."""
+        self.chunks.append(rows)
+
+    def take(self, count: int) -> _Rows:
+        """Removes up to `count` rows from the front, padded to a common length."""
+        taken: list[_Rows] = []
+        while self.chunks and count > 0:
+            first, rest = self.chunks.pop(0).split(count)
+            taken.append(first)
+            count -= len(first.places)
+            if len(rest.places):
+                self.chunks.insert(0, rest)
+        return self._join(taken)
+
+    def _join(self, chunks: list[_Rows]) -> _Rows:
+        length = max(chunk.inputs.length for chunk in chunks)
+        tensors = {
+            name: _pad_and_cat([chunk.inputs.tensors[name] for chunk in chunks], length, self.padding[name])
+            for name in chunks[0].inputs.tensors
+        }
+        hidden = torch.cat([nn.functional.pad(c.hidden, (0, 0, 0, length - c.hidden.shape[1])) for c in chunks])
+        places = torch.cat([chunk.places for chunk in chunks])
+        return _Rows(places, BackboneInputs(tensors, tensors["attention_mask"]), hidden)
+
+
+def _pad_and_cat(tensors: list[torch.Tensor], length: int, value: int) -> torch.Tensor:
+    return torch.cat([nn.functional.pad(t, (0, length - t.shape[1]), value=value) for t in tensors])
+
+
+class PredictsDatasets:
+    """`predict` for a classifier with exits."""
+
+    @torch.inference_mode()
+    def predict(
+        self,
+        examples: Sequence[Mapping[str, Any]],
+        batch_size: int = 32,
+        exit_thresholds: list[float | None] | float | None = None,
+        exit_at: int | None = None,
+        show_progress: bool = True,
+    ) -> SequenceClassifierWithExitsOutput:
+        """Classifies a data set, without gradients.
+
+        Args:
+            examples (`Sequence[Mapping]`): Tokenised examples (a `datasets.Dataset`, say) with `input_ids` and, where
+                the model takes them, `token_type_ids`; padding, if any, is marked in `attention_mask` and dropped.
+            batch_size (`int`): Examples run at a time, at every stage.
+            exit_thresholds, exit_at: As in `forward`.
+            show_progress (`bool`): Whether to show a bar.
+
+        Returns:
+            `SequenceClassifierWithExitsOutput`: On the CPU, in the order of `examples`.
+
+        Raises:
+            ValueError: A model in training mode, no examples, a batch size below 1, or anything that `forward`
+                refuses.
+        """
+        if self.training:
+            raise ValueError("predict needs the evaluation mode: call model.eval() first.")
+        if len(examples) == 0:
+            raise ValueError("there are no examples to classify: give at least one.")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        policy = self._policy(exit_thresholds, exit_at)
+        batches = LengthSortedBatches(examples, batch_size, self._padding_values(), self.device)
+        with logging.tqdm(total=len(examples), desc="Classifying", disable=not show_progress) as bar:
+            answers = StagedRun(self, batches, policy, bar).run()
+        index = answers.exit_index.cpu()
+        logits = answers.logits.cpu()
+        return SequenceClassifierWithExitsOutput(
+            logits=logits[torch.arange(len(logits)), index], exit_logits=logits, exit_index=index
+        )
+
+    def _padding_values(self) -> dict[str, int]:
+        return {**dict.fromkeys(INPUT_NAMES, 0), "input_ids": self.config.pad_token_id or 0}
+
+
+class LengthSortedBatches:
+    """A tokenised data set in batches of similar length, the longest first (so that memory peaks at the start).
+
+    Args:
+        examples (`Sequence[Mapping]`): Tokenised examples.
+        batch_size (`int`): Rows of a batch.
+        padding (`dict[str, int]`): What each input is padded with.
+        device (`torch.device`): Where the batches go.
+    """
+
+    def __init__(
+        self, examples: Sequence[Mapping[str, Any]], batch_size: int, padding: dict[str, int], device: torch.device
+    ):
+        self.batch_size = batch_size
+        self.padding = padding
+        self.device = device
+        self.columns = _columns(examples)
+        self.spans = [_real_span(mask) for mask in self.columns["attention_mask"]]
+        lengths = torch.tensor([stop - start for start, stop in self.spans])
+        self.order = lengths.argsort(descending=True, stable=True)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, BackboneInputs]]:
+        for places in self.order.split(self.batch_size):
+            tensors = {name: self._batch(name, places.tolist()) for name in self.columns}
+            yield places.to(self.device), BackboneInputs(tensors, tensors["attention_mask"])
+
+    def _batch(self, name: str, places: list[int]) -> torch.Tensor:
+        rows = [self.columns[name][place][slice(*self.spans[place])] for place in places]
+        length = max(len(row) for row in rows)
+        padded = [[*row, *[self.padding[name]] * (length - len(row))] for row in rows]
+        return torch.tensor(padded, device=self.device)
+
+
+def _columns(examples: Sequence[Mapping[str, Any]]) -> dict[str, list[list[int]]]:
+    names = [name for name in INPUT_NAMES if name in examples[0]]
+    if "input_ids" not in names:
+        raise ValueError(
+            f"examples must be tokenised: they have {sorted(examples[0])}, but no input_ids. Run the tokenizer first."
+        )
+    columns: dict[str, list[list[int]]] = {name: [] for name in names}
+    for example in examples:
+        for name in names:
+            values = example[name]
+            columns[name].append(values.tolist() if isinstance(values, torch.Tensor) else list(values))
+    if "attention_mask" not in columns:
+        columns["attention_mask"] = [[1] * len(row) for row in columns["input_ids"]]
+    return columns
+
+
+def _real_span(mask: list[int]) -> tuple[int, int]:
+    """First real position, and one past the last; a row without any is kept whole."""
+    if 1 not in mask:
+        return 0, len(mask)
+    return mask.index(1), len(mask) - mask[::-1].index(1)
+
+
+class StagedRun:
+    """One pass over a data set.
+
+    Args:
+        model: A classifier with exits, in evaluation mode.
+        batches (`LengthSortedBatches`): The data.
+        policy (`Policy`, *optional*): When rows leave; None to run everything.
+        bar: Progress bar, moved on by an example when its answer is known.
+    """
+
+    def __init__(self, model: Any, batches: LengthSortedBatches, policy: Policy | None, bar: Any):
+        self.model = model
+        self.batches = batches
+        self.policy = policy
+        self.bar = bar
+        self.answers: Answers | None = None
+        self.queues = {depth: StageQueue(batches.padding) for depth in model.config.exit_layers[:-1]}
+        self.output_length: int | None = None
+
+    def run(self) -> Answers:
+        """Runs everything; the rows of a stage wait until there is a full batch of them."""
+        for places, inputs in self.batches:
+            if self.policy is None:
+                self._run_whole(places, inputs)
+                continue
+            self._run_stage(places, inputs, None)
+            self._run_queues(self.batches.batch_size)
+        self._run_queues(1)
+        return self.answers
+
+    def _run_whole(self, places: torch.Tensor, inputs: BackboneInputs) -> None:
+        answers, _ = self.model._run_everything(inputs, {})
+        self._answers(answers.logits[:, 0]).logits[places] = answers.logits
+        self.bar.update(len(places))
+
+    def _run_queues(self, least: int) -> None:
+        """Runs the stages in which at least so many rows wait, the earliest first: it fills the later ones."""
+        for depth, queue in self.queues.items():
+            while len(queue) >= least:
+                rows = queue.take(self.batches.batch_size)
+                progress = Progress(depth=depth, hidden=rows.hidden, output_length=self.output_length)
+                self._run_stage(rows.places, rows.inputs, progress)
+
+    def _run_stage(self, places: torch.Tensor, inputs: BackboneInputs, progress: Progress | None) -> None:
+        leaving = Leaving(
+            self.model.config, self.policy, inputs, rows=places, answers=self.answers, total=len(self.batches)
+        )
+        progress = self.model._run_until_rows_leave(leaving, progress)
+        self.answers = leaving.answers
+        if progress is None:
+            self.bar.update(len(places))
+            return
+        hidden = leaving.shrink(progress.hidden)
+        self.output_length = progress.output_length
+        self.bar.update(len(places) - len(leaving.rows))
+        self.queues[progress.depth].put(_Rows(leaving.rows, leaving.inputs, hidden))
+
+    def _answers(self, like: torch.Tensor) -> Answers:
+        if self.answers is None:
+            self.answers = Answers.none_yet(len(self.batches), len(self.model.config.exit_layers), like)
+        return self.answers
