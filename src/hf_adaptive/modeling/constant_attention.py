@@ -1,9 +1,9 @@
 """Constant attention heads for unmodified transformers backbones (PAPA, Hassid et al., Findings of EMNLP 2022,
 arXiv 2211.03495, section 3).
 
-A constant head has no query and no key. Its attention matrix is a parameter `C (length, length)`; for an input with the
-0/1 padding vector `m` it attends with `C[i, j] m[i] m[j]`, every row divided by the sum of its absolute values. The
-other ("dynamic") heads of the layer run the stock code of transformers with fewer heads.
+A constant head has no query and no key. Its attention matrix is a parameter `C (length, length)`; for an input with
+the 0/1 padding vector `m` it attends with `C[i, j] m[i] m[j]`, every row divided by the sum of its absolute values.
+The other ("dynamic") heads of the layer run the stock code of transformers with fewer heads.
 """
 
 from collections.abc import Collection, Sequence
@@ -35,7 +35,7 @@ class AttentionLayout:
     additive_mask: bool
 
     def value_projection(self, attention: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rows that make the values of all heads: weight `(heads, head_size, hidden)`, bias `(heads, head_size)`."""
+        """What makes the values of all heads: weight `(heads, head_size, hidden)` and bias `(heads, head_size)`."""
         heads = attention.num_attention_heads
         if not self.fused_projection:
             weight, bias = attention.value.weight, attention.value.bias
@@ -56,8 +56,8 @@ class AttentionLayout:
             return None
         if not isinstance(attention_mask, torch.Tensor):
             raise ValueError(
-                f"constant heads cannot read an attention mask of type {type(attention_mask).__name__}. Load the model "
-                "with attn_implementation='sdpa', 'eager' or a flash attention."
+                f"constant heads cannot read an attention mask of type {type(attention_mask).__name__}. Load the "
+                "model with attn_implementation='sdpa', 'eager' or a flash attention."
             )
         if attention_mask.dim() == 4:
             attention_mask = attention_mask[:, 0]
@@ -90,8 +90,8 @@ def check_constant_heads(config: PreTrainedConfig) -> None:
         raise ValueError(f"constant_length must be a positive number of tokens, got {length!r}.")
     if length is None and config.constant_heads:
         raise ValueError(
-            f"constant_heads names {len(config.constant_heads)} heads but constant_length is None. Set constant_length "
-            "to the longest input in tokens, the size of the constant attention matrices."
+            f"constant_heads names {len(config.constant_heads)} heads but constant_length is None. Set "
+            "constant_length to the longest input in tokens, the size of the constant attention matrices."
         )
 
 
@@ -150,8 +150,8 @@ def _first_fraction(
         return every_head if fraction else []
     if ranking is None:
         raise ValueError(
-            f"constant_heads={fraction} does not say which heads. Pass head_ranking=…, the order that rank_heads found, "
-            "or a list of [layer, head] pairs."
+            f"constant_heads={fraction} does not say which heads. Pass head_ranking=…, the order that rank_heads "
+            "found, or a list of [layer, head] pairs."
         )
     ranking = [list(pair) for pair in ranking]
     if sorted(ranking) != every_head:
@@ -307,7 +307,8 @@ class ConstantHeadsMixin:
         output_attentions = (output_attentions or self.config.output_attentions) and (
             self.config._attn_implementation == "eager"
         )
-        context, attentions = self._constant_attention(hidden_states, real, output_attentions)
+        value = self.constant_value(hidden_states).unflatten(-1, (len(self.constant_heads), -1))
+        context, attentions = constant_attention(self.constants, value, real, self.dropout, output_attentions)
         if self.num_attention_heads > 0:
             dynamic_context, dynamic_attentions = super().forward(
                 hidden_states, attention_mask=attention_mask, output_attentions=output_attentions, **kwargs
@@ -322,19 +323,6 @@ class ConstantHeadsMixin:
                 attentions = self._merge(dynamic_attentions, attentions, dim=1)
         return context.flatten(2), attentions
 
-    def _constant_attention(
-        self, hidden_states: torch.Tensor, real: torch.Tensor | None, output_attentions: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Context `(batch, length, constant heads, head size)`; attentions only if asked for."""
-        value = self.constant_value(hidden_states).unflatten(-1, (len(self.constant_heads), -1))
-        drops_attention = self.training and self.dropout.p > 0
-        if not output_attentions and not drops_attention:
-            return constant_context(self.constants, value, real), None
-        probabilities = constant_probabilities(self.constants, value.shape[1], real)
-        probabilities = self.dropout(probabilities.expand(len(value), -1, -1, -1)).to(value.dtype)
-        context = torch.einsum("bhqk,bkhd->bqhd", probabilities, value)
-        return context, probabilities if output_attentions else None
-
     def _merge(self, dynamic: torch.Tensor, constant: torch.Tensor, dim: int) -> torch.Tensor:
         """Dynamic and constant heads in the layer's order. No index tensor: that would be copied to the device."""
         dynamic_heads, constant_heads = iter(dynamic.unbind(dim)), iter(constant.unbind(dim))
@@ -348,9 +336,36 @@ def check_length(length: int, constant_length: int) -> None:
     """A ValueError if an input is longer than the constants reach."""
     if length > constant_length:
         raise ValueError(
-            f"the input has {length} tokens, but the constants of this model reach {constant_length} (constant_length). "
-            f"Tokenize with truncation=True, max_length={constant_length}."
+            f"the input has {length} tokens, but the constants of this model reach {constant_length} "
+            f"(constant_length). Tokenize with truncation=True, max_length={constant_length}."
         )
+
+
+def constant_attention(
+    constants: torch.Tensor,
+    value: torch.Tensor,
+    real: torch.Tensor | None,
+    dropout: nn.Dropout,
+    output_attentions: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What constant heads read; the attention matrices of each input are made only where something needs them.
+
+    Args:
+        constants: `(heads, constant_length, constant_length)`.
+        value: `(batch, length, heads, head_size)`.
+        real: `(batch, length)`, True at real positions; None if all are.
+        dropout: Of attention probabilities; in training it acts on constants too.
+        output_attentions: Whether to return the matrices.
+
+    Returns:
+        Context `(batch, length, heads, head_size)`, and attentions `(batch, heads, length, length)` or None.
+    """
+    if not output_attentions and not (dropout.training and dropout.p > 0):
+        return constant_context(constants, value, real), None
+    probabilities = constant_probabilities(constants, value.shape[1], real).expand(len(value), -1, -1, -1)
+    probabilities = dropout(probabilities).to(value.dtype)
+    context = torch.einsum("bhqk,bkhd->bqhd", probabilities, value)
+    return context, probabilities if output_attentions else None
 
 
 def constant_context(constants: torch.Tensor, value: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
@@ -382,7 +397,7 @@ def constant_probabilities(constants: torch.Tensor, length: int, real: torch.Ten
 
 
 def _inverse_row_sums(constants: torch.Tensor, length: int, real: torch.Tensor | None) -> torch.Tensor:
-    """One over the rows' absolute sums over real positions `(batch, length, heads)`; 0 for rows that attend to nothing.
+    """One over the rows' absolute sums over real positions `(batch, length, heads)`; 0 where that sum is 0.
 
     A row without weight passes no gradient to the constants either; in the papers' code it passes one over 1e-12.
     """

@@ -2,8 +2,8 @@
 Findings of EMNLP 2022, arXiv 2211.03495).
 
 For every architecture in `ARCHITECTURES` this module has `Papa<Name>Config` and
-`Papa<Name>ForSequenceClassification`, `…ForTokenClassification` and `…ForMaskedLM`. The classes are made when they are
-first asked for, so that a checkpoint loaded without this package imports the modelling code of its own architecture only.
+`Papa<Name>ForSequenceClassification`, `…ForTokenClassification` and `…ForMaskedLM`. The classes are made when they
+are first asked for, so that a checkpoint loaded without this package imports the code of its own architecture only.
 """
 
 import os
@@ -83,8 +83,8 @@ class PapaConfigFields:
 
     Args:
         constant_heads: `[layer, head]` pairs, counted from 0, whose attention is constant.
-        constant_length: Size of the constant matrices, and the longest input, in tokens. The sequence classifiers need it
-            even without constant heads: their pooler has one weight for each position.
+        constant_length: Size of the constant matrices, and the longest input, in tokens. The sequence classifiers need
+            it even without constant heads: their pooler has one weight for each position.
         trainable_part: What the classifiers train: `"probe"`, the pooler or token head and the classifier, everything
             else being frozen as in the paper; `"constants"`, the probe and the constants; `"all"`. Masked language
             models have no probe and train everything.
@@ -130,7 +130,7 @@ class PapaPreTrainedMixin:
         """Loads a PAPA checkpoint, or converts a plain one of the same architecture.
 
         Args:
-            pretrained_model_name_or_path: As in transformers. The four arguments that follow are for plain checkpoints.
+            pretrained_model_name_or_path: As in transformers. The next four are for plain checkpoints.
             constants: Average attention `(layers, heads, length, length)`, or what `mean_attention` returned, which is
                 also checked to come from this checkpoint.
             constant_heads: `"all"`, a fraction (with `head_ranking`), or `[layer, head]` pairs.
@@ -153,8 +153,8 @@ class PapaPreTrainedMixin:
         given = [name for name, value in conversion.items() if value is not None]
         if given:
             raise ValueError(
-                f"{', '.join(given)} can be given for a plain checkpoint only, but {pretrained_model_name_or_path} has "
-                "its constants already. Load it without, or convert the plain checkpoint anew."
+                f"{', '.join(given)} can be given for a plain checkpoint only, but {pretrained_model_name_or_path} "
+                "has its constants already. Load it without, or convert the plain checkpoint anew."
             )
         return cls._load(pretrained_model_name_or_path, *model_args, **kwargs)
 
@@ -165,8 +165,8 @@ class PapaPreTrainedMixin:
         model_type = config.get("model_type")
         if model_type not in (own, plain):
             raise ValueError(
-                f"{cls.__name__} loads checkpoints of type {plain!r} and {own!r}, but {path} is of type {model_type!r}. "
-                f"PAPA supports {', '.join(ARCHITECTURES)}."
+                f"{cls.__name__} loads checkpoints of type {plain!r} and {own!r}, but {path} is of type "
+                f"{model_type!r}. PAPA supports {', '.join(ARCHITECTURES)}."
             )
         return model_type == plain
 
@@ -238,8 +238,8 @@ def _selected_heads(
 ) -> list[list[int]]:
     if choice is None and constants is not None:
         raise ValueError(
-            "constants are given but constant_heads is not. Set constant_heads='all', a fraction with head_ranking=…, or "
-            "a list of [layer, head] pairs."
+            "constants are given but constant_heads is not. Set constant_heads='all', a fraction with head_ranking=…, "
+            "or a list of [layer, head] pairs."
         )
     heads = select_heads(choice or [], config.num_hidden_layers, config.num_attention_heads, ranking)
     if heads and constants is None:
@@ -255,8 +255,8 @@ def _common_length(constant_length: int | None, constants: torch.Tensor | None) 
         return constant_length
     if constant_length not in (None, constants.shape[-1]):
         raise ValueError(
-            f"constant_length={constant_length} does not fit constants of length {constants.shape[-1]}. Leave it out, or "
-            f"collect the constants with mean_attention(…, max_length={constant_length})."
+            f"constant_length={constant_length} does not fit constants of length {constants.shape[-1]}. Leave it out, "
+            f"or collect the constants with mean_attention(…, max_length={constant_length})."
         )
     return constants.shape[-1]
 
@@ -274,7 +274,7 @@ class PapaMaskedLMMixin(PapaPreTrainedMixin):
 
 
 class PapaProbeMixin(PapaPreTrainedMixin):
-    """The frozen backbone with a probe over its embeddings and the outputs of all layers (section 3.3 of the paper)."""
+    """The frozen backbone with a probe over its embeddings and the outputs of all layers (PAPA, section 3.3)."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
@@ -431,8 +431,8 @@ class PapaPooler(nn.Module):
         super().__init__()
         if config.constant_length is None:
             raise ValueError(
-                "constant_length is None, but the PAPA pooler has one weight for each position. Set constant_length to the "
-                "longest input in tokens."
+                "constant_length is None, but the PAPA pooler has one weight for each position. Set constant_length "
+                "to the longest input in tokens."
             )
         states = config.num_hidden_layers + 1
         self.position_weights = nn.Parameter(torch.full((states, config.constant_length), 1 / config.constant_length))

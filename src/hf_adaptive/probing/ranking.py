@@ -1,0 +1,186 @@
+"""Which heads need attention least (PAPA, arXiv 2211.03495, section 3.2).
+
+Every head's attention is mixed with its constant, `s · attention + (1 − s) · constant` with `s = sigmoid(lambda)`, and
+the lambdas are trained with the probe. Heads with a small lambda do well with the constant.
+"""
+
+import copy
+import json
+import os
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import DataCollator, PreTrainedModel, Trainer, TrainingArguments
+
+from ..modeling.constant_attention import (
+    AttentionLayout,
+    attention_layout,
+    check_constants,
+    check_length,
+    constant_attention,
+    self_attentions,
+)
+from .files import write_json
+
+
+@dataclass(frozen=True)
+class HeadRanking:
+    """Learned mixing weights of all heads.
+
+    Args:
+        lambdas: By layer and head; the share of attention that a head keeps is `sigmoid(lambda)`.
+    """
+
+    lambdas: tuple[tuple[float, ...], ...]
+
+    @property
+    def order(self) -> list[list[int]]:
+        """All `[layer, head]` pairs, those that need attention least first; equal lambdas layer by layer."""
+        pairs = [[layer, head] for layer, row in enumerate(self.lambdas) for head in range(len(row))]
+        return sorted(pairs, key=lambda pair: self.lambdas[pair[0]][pair[1]])
+
+    @property
+    def attention_weights(self) -> torch.Tensor:
+        """`sigmoid(lambda)` `(layers, heads)`: 0 is all constant, 1 is all attention."""
+        return torch.tensor(self.lambdas).sigmoid()
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes JSON with the lambdas and, for readers, the order; whole or not at all."""
+        write_json(path, {"lambdas": self.lambdas, "order": self.order})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "HeadRanking":
+        """Reads what `save` wrote."""
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if "lambdas" not in content:
+            raise ValueError(f"{path} holds no head ranking: it has no 'lambdas'.")
+        return cls(tuple(tuple(row) for row in content["lambdas"]))
+
+
+def rank_heads(
+    model: PreTrainedModel,
+    constants: torch.Tensor,
+    train_dataset: Dataset,
+    args: TrainingArguments,
+    *,
+    data_collator: DataCollator | None = None,
+    lambda_learning_rate: float | None = None,
+) -> HeadRanking:
+    """Learns how much attention every head needs, on a task (PAPA, section 3.2).
+
+    Lambdas and probe are trained, everything else is frozen. The model given is not changed.
+
+    Args:
+        model: A `Papa…ForSequenceClassification` or `…ForTokenClassification` without constant heads, with
+            `constant_length`.
+        constants: Average attention `(layers, heads, constant_length, constant_length)`.
+        train_dataset: Tokenized, with labels.
+        args: For the `Trainer`. The ranking is saved as `head_ranking.json` in its output folder.
+        data_collator: As in the `Trainer`.
+        lambda_learning_rate: For the lambdas; None means that of `args`. They never decay.
+
+    Raises:
+        ValueError: If the model has constant heads already, or the constants do not fit it.
+    """
+    if model.config.constant_heads:
+        raise ValueError(
+            f"rank_heads needs a model without constant heads, got one with {len(model.config.constant_heads)}. "
+            "Convert the plain checkpoint with constant_heads=[] and constant_length=…"
+        )
+    mixed = copy.deepcopy(model)
+    mixed.set_trainable_part("probe")
+    lambdas = install_interpolation(mixed, constants)
+    trainer = Trainer(
+        model=mixed,
+        args=args,
+        train_dataset=train_dataset,
+        data_collator=data_collator,
+        optimizers=(_optimizer(mixed, lambdas, args, lambda_learning_rate), None),
+    )
+    trainer.train()
+    ranking = HeadRanking(tuple(tuple(parameter.tolist()) for parameter in lambdas))
+    if trainer.is_world_process_zero():
+        ranking.save(Path(args.output_dir) / "head_ranking.json")
+    return ranking
+
+
+def install_interpolation(model: PreTrainedModel, constants: torch.Tensor) -> list[nn.Parameter]:
+    """Mixes the attention of every head with its constant, in place, half and half at first.
+
+    Args:
+        model: A PAPA model without constant heads.
+        constants: `(layers, heads, constant_length, constant_length)`, frozen.
+
+    Returns:
+        The lambdas of every layer, each `(heads,)`, 0 at first.
+    """
+    check_constants(constants, model.config)
+    backbone = model.base_model
+    layout = attention_layout(backbone)
+    for attention, layer_constants in zip(self_attentions(backbone), constants, strict=True):
+        _interpolate(attention, layer_constants, layout)
+    return [attention.lambdas for attention in self_attentions(backbone)]
+
+
+def _interpolate(attention: nn.Module, constants: torch.Tensor, layout: AttentionLayout) -> None:
+    weight = next(attention.parameters())
+    attention.lambdas = nn.Parameter(weight.new_zeros(attention.num_attention_heads))
+    attention.register_buffer("constants", constants.detach().to(weight))
+    attention.layout = layout
+    attention.__class__ = _with_interpolation(type(attention))
+
+
+@cache
+def _with_interpolation(stock_class: type[nn.Module]) -> type[nn.Module]:
+    return type(f"{stock_class.__name__}WithInterpolation", (InterpolationMixin, stock_class), {})
+
+
+class InterpolationMixin:
+    """Self-attention every head of which is mixed with a constant; put over a stock module.
+
+    Attributes:
+        lambdas: `(heads,)`.
+        constants: `(heads, constant_length, constant_length)`.
+    """
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        output_attentions: bool = False,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As the stock module. Mixing what the heads read equals mixing their matrices."""
+        check_length(hidden_states.shape[1], self.constants.shape[-1])
+        context, attentions = super().forward(
+            hidden_states, attention_mask=attention_mask, output_attentions=output_attentions, **kwargs
+        )
+        context = context.unflatten(-1, (self.num_attention_heads, -1))
+
+        weight, bias = (rows.flatten(0, 1) for rows in self.layout.value_projection(self))
+        value = nn.functional.linear(hidden_states, weight, bias).view_as(context)
+        real = self.layout.real_positions(attention_mask)
+        constant_context, _ = constant_attention(self.constants, value, real, self.dropout)
+
+        share = self.lambdas.sigmoid().unsqueeze(-1)
+        return (share * context + (1 - share) * constant_context).flatten(2), attentions
+
+
+def _optimizer(
+    model: nn.Module, lambdas: list[nn.Parameter], args: TrainingArguments, lambda_learning_rate: float | None
+) -> torch.optim.Optimizer:
+    """AdamW with the lambdas apart: there is no penalty on them."""
+    is_lambda = {id(parameter) for parameter in lambdas}
+    rest = [
+        parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in is_lambda
+    ]
+    groups = [
+        {"params": lambdas, "lr": lambda_learning_rate or args.learning_rate, "weight_decay": 0.0},
+        {"params": rest, "lr": args.learning_rate, "weight_decay": args.weight_decay},
+    ]
+    return torch.optim.AdamW(groups, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon)
