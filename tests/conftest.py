@@ -1,5 +1,6 @@
 """One core, fixed seeds, and warnings that are given once per test rather than once per run."""
 
+import hypothesis
 import pytest
 import torch
 from transformers.utils import logging as transformers_logging
@@ -7,6 +8,9 @@ from transformers.utils import logging as transformers_logging
 from tests import tiny
 
 torch.set_num_threads(1)
+# A slow machine is no failure.
+hypothesis.settings.register_profile("tests", deadline=None)
+hypothesis.settings.load_profile("tests")
 
 
 @pytest.fixture(autouse=True)

@@ -49,19 +49,39 @@ class ExitsConfigMixin:
     def __post_init__(self, **kwargs: Any):
         refuse_unknown_fields(kwargs, "exit_", exit_field_names())
         super().__post_init__(**kwargs)
+        self._complete_exits()
+
+    def _complete_exits(self) -> None:
+        """Checks the fields that exits add, and fills in the defaults."""
         if self.exit_layers is None:
             self.exit_layers = default_exit_layers(self.num_hidden_layers)
         if self.exit_pooling is None:
             self.exit_pooling = self.architecture.pooling
-        self.exit_layers = list(self.exit_layers)
         check_exit_layers(self.exit_layers, self.num_hidden_layers)
+        self.exit_layers = list(self.exit_layers)
         check_routing(self.exit_routing)
         check_choice("exit_pooling", self.exit_pooling, POOLINGS)
         check_choice("exit_criterion", self.exit_criterion, tuple(CRITERIA))
         self._check_list("exit_loss_weights", "a finite number of at least 0", lambda x: x >= 0)
+        if self.exit_loss_weights is not None and not any(self.exit_loss_weights):
+            raise ValueError("exit_loss_weights must have at least one number above 0: nothing would be learned.")
         self._check_list("exit_temperatures", "a finite number above 0", lambda x: x > 0)
         if self.exit_thresholds is not None:
             self.exit_thresholds = self.checked_thresholds(self.exit_thresholds)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """A configuration from the content of its file, with fields changed by `kwargs`; those are checked too.
+
+        Raises:
+            ValueError: As when a configuration is made.
+        """
+        wants_unused = kwargs.pop("return_unused_kwargs", False)
+        # Fields are set from `kwargs` after the configuration was made and checked.
+        config, unused = super().from_dict(config_dict, return_unused_kwargs=True, **kwargs)
+        refuse_unknown_fields(unused, "exit_", exit_field_names())
+        config._complete_exits()
+        return (config, unused) if wants_unused else config
 
     def checked_thresholds(self, thresholds: Any) -> list[float | None]:
         """The thresholds as one number (or None) for each exit but the last.
@@ -72,7 +92,11 @@ class ExitsConfigMixin:
         expected = len(self.exit_layers) - 1
         if isinstance(thresholds, (int, float)) and not isinstance(thresholds, bool):
             thresholds = [thresholds] * expected
-        thresholds = list(thresholds)
+        if not isinstance(thresholds, (list, tuple)):
+            raise ValueError(
+                f"exit_thresholds must be a list of {expected} entries or a single number for all of them, "
+                f"got {thresholds!r}."
+            )
         if len(thresholds) != expected:
             raise ValueError(
                 f"exit_thresholds must have {expected} entries, one for each exit but the last (exit_layers="
@@ -80,7 +104,7 @@ class ExitsConfigMixin:
             )
         for position, threshold in enumerate(thresholds):
             CRITERIA[self.exit_criterion].check_threshold(threshold, position)
-        return thresholds
+        return list(thresholds)
 
     def _check_list(self, name: str, allowed: str, is_allowed: Any) -> None:
         values = getattr(self, name)
@@ -149,10 +173,11 @@ def refuse_unknown_fields(given: dict[str, Any], prefix: str, known: tuple[str, 
             raise ValueError(f"unknown configuration field {name!r}; the fields are {', '.join(known)}.{hint}")
 
 
-def check_exit_layers(exit_layers: list[int], num_layers: int) -> None:
+def check_exit_layers(exit_layers: Any, num_layers: int) -> None:
     """Raises `ValueError` unless ascending, within the layers, and ending at the last one."""
     fix = f"Count layers run, ascending, the last one {num_layers} (the number of layers)"
-    if not exit_layers or not all(isinstance(depth, int) and not isinstance(depth, bool) for depth in exit_layers):
+    is_list = isinstance(exit_layers, (list, tuple)) and len(exit_layers) > 0
+    if not is_list or not all(isinstance(depth, int) and not isinstance(depth, bool) for depth in exit_layers):
         raise ValueError(f"exit_layers must be a list of whole numbers, got {exit_layers!r}. {fix}.")
     outside = [depth for depth in exit_layers if not 1 <= depth <= num_layers]
     if outside:

@@ -167,8 +167,12 @@ class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, PredictsDatasets):
         """When rows leave; None to run everything and answer with the last exit."""
         if exit_at is not None:
             return self._forced_policy(thresholds, exit_at)
-        thresholds = self.config.exit_thresholds if thresholds is None else self.config.checked_thresholds(thresholds)
-        if self.training or thresholds is None or all(threshold is None for threshold in thresholds):
+        thresholds = self.config.exit_thresholds if thresholds is None else thresholds
+        if thresholds is None:
+            return None
+        # Those of the configuration too: `model.config.exit_thresholds = ...` checks nothing.
+        thresholds = self.config.checked_thresholds(thresholds)
+        if self.training or all(threshold is None for threshold in thresholds):
             return None
         criterion = CRITERIA[self.config.exit_criterion]
         criterion.check_problem_type(problem_type(self.config))
