@@ -1,0 +1,165 @@
+"""What a user may ask of the thresholds, and the answer that comes back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from .exit_table import ExitTable, OperatingPoint, Thresholds
+
+# Means over examples are compared with this tolerance: far below one example, far above rounding.
+TOLERANCE = 1e-9
+
+Objective = Callable[[Tensor, Tensor], Tensor]
+"""Value of settings from their mean reward and mean cost, tensors of one shape; −inf where not allowed."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the user asked for; made by [`make_wish`].
+
+    Attributes:
+        name: `target_cost` (best accuracy at this mean cost), `max_accuracy_drop` (cheapest setting that loses at most
+            this much accuracy against the last exit) or `max_disagreement` (cheapest setting with at most this share
+            of answers that differ from the last exit's).
+        bound: the number asked for, as a fraction.
+    """
+
+    name: Literal["target_cost", "max_accuracy_drop", "max_disagreement"]
+    bound: float
+
+    @property
+    def needs_labels(self) -> bool:
+        return self.name != "max_disagreement"
+
+    def __str__(self) -> str:
+        return f"{self.name}={self.bound:g}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Guarantee:
+    """The promise that comes with a setting found by risk control.
+
+    Attributes:
+        confidence: over repeated calibrations, the share in which the bound holds on new data, at least.
+        p_value: of "the bound does not hold" for the setting returned; at most 1 − `confidence`.
+        test: name of the test that gave it.
+        num_testing: examples it was tested on.
+        num_tuning: other examples, from which the candidates were chosen; 0 if the candidates needed no data.
+    """
+
+    confidence: float
+    p_value: float
+    test: str
+    num_testing: int
+    num_tuning: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ThresholdChoice:
+    """The answer to a wish.
+
+    Attributes:
+        wish: what was asked.
+        found: False if nothing grants the wish (or, for a bound on the quality, nothing cheaper than running
+            everything does); then every threshold is None and the model runs all layers.
+        thresholds: one for every exit but the last, on the scale of the scores; None = nobody leaves there.
+        per_exit: whether the thresholds were allowed to differ.
+        measured: what the setting does on the examples it was chosen (with a guarantee: tested) on.
+        guarantee: None if none was asked for.
+    """
+
+    wish: Wish
+    found: bool
+    thresholds: Thresholds
+    per_exit: bool
+    measured: OperatingPoint
+    guarantee: Guarantee | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def make_wish(
+    *,
+    target_cost: float | None = None,
+    max_accuracy_drop: float | None = None,
+    max_disagreement: float | None = None,
+) -> Wish:
+    """Exactly one of the three, checked.
+
+    Args:
+        target_cost: above 0; 1 is the cost of all layers of one model (a cascade may cost more).
+        max_accuracy_drop: from 0 up to, not including, 1; half a point is 0.005.
+        max_disagreement: from 0 up to, not including, 1.
+
+    Raises:
+        ValueError: none or several given, or a value out of its range.
+    """
+    if target_cost is not None and max_accuracy_drop is None and max_disagreement is None:
+        return Wish("target_cost", _checked_cost(target_cost))
+    if max_accuracy_drop is not None and target_cost is None and max_disagreement is None:
+        return Wish("max_accuracy_drop", _checked_bound("max_accuracy_drop", max_accuracy_drop))
+    if max_disagreement is not None and target_cost is None and max_accuracy_drop is None:
+        return Wish("max_disagreement", _checked_bound("max_disagreement", max_disagreement))
+    raise ValueError(
+        f"Give exactly one of target_cost, max_accuracy_drop and max_disagreement, got target_cost={target_cost}, "
+        f"max_accuracy_drop={max_accuracy_drop}, max_disagreement={max_disagreement}. For several wishes calibrate "
+        "once for each."
+    )
+
+
+def reward_of(table: ExitTable, wish: Wish) -> Tensor:
+    """`(examples, exits)` 1.0 where the answer is what the wish cares about (right, or the last exit's), else 0.0.
+
+    Raises:
+        ValueError: the wish is about accuracy and there are no labels.
+    """
+    if not wish.needs_labels:
+        return table.agrees.double()
+    if table.correct is None:
+        raise ValueError(
+            f"{wish} is about accuracy and needs labels, which the data does not have. Add labels, or use "
+            "max_disagreement, which needs none."
+        )
+    return table.correct.double()
+
+
+def objective_of(wish: Wish, reward: Tensor) -> Objective:
+    """What a search has to maximise to grant the wish; `reward` from [`reward_of`]."""
+    if wish.name == "target_cost":
+        return best_below(wish.bound)
+    return cheapest_above(reward[:, -1].mean().item() - wish.bound)
+
+
+def best_below(cost_limit: float) -> Objective:
+    """Highest mean reward at no more than this mean cost; the cost decides between equal rewards."""
+    return lambda reward, cost: (reward - TOLERANCE * cost).masked_fill(cost > cost_limit + TOLERANCE, -math.inf)
+
+
+def cheapest_above(floor: float) -> Objective:
+    """Lowest mean cost with no less than this mean reward; the reward decides between equal costs."""
+    return lambda reward, cost: (TOLERANCE * reward - cost).masked_fill(reward < floor - TOLERANCE, -math.inf)
+
+
+def _checked_cost(value: float) -> float:
+    if not 0 < value < math.inf:
+        raise ValueError(f"target_cost must be a positive number (0.4 = 40 % of the layers on average), got {value}.")
+    return float(value)
+
+
+def _checked_bound(name: str, value: float) -> float:
+    if not 0 <= value < 1:
+        hint = f" Did you mean {value / 100:g} ({value:g} %)?" if 1 <= value < 100 else ""
+        raise ValueError(f"{name} must be a fraction, at least 0 and below 1 (0.01 = one point), got {value}.{hint}")
+    return float(value)
