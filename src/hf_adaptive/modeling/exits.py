@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import can_return_tuple, logging
 
 from .answers import Answers, Leaving, choose_exits
@@ -45,10 +46,14 @@ class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, PredictsDatasets):
         self.exits = nn.ModuleList(self._make_exit(depth) for depth in config.exit_layers)
         self._exits_are_untrained = True
         self._check_routing_of_shared_layers()
-        if config.exit_routing == "disjoint":
-            backbone.requires_grad_(False)
+        self._freeze_if_disjoint()
         config.keys_to_ignore_at_inference = ["exit_logits", "exit_index", "hidden_states", "attentions"]
         self.post_init()
+
+    def _freeze_if_disjoint(self) -> None:
+        """No exit trains the backbone then; called again after loading, which makes new parameters."""
+        if self.config.exit_routing == "disjoint":
+            self.base_model.requires_grad_(False)
 
     def _make_exit(self, depth: int) -> ExitHead:
         path = self.architecture.final_norm
@@ -206,11 +211,16 @@ class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, PredictsDatasets):
 
     def _run_everything(self, inputs: BackboneInputs, flags: dict[str, bool]) -> tuple[Answers, Any]:
         share = gradient_share(self.config.exit_routing)
+        is_checkpointed = any(
+            layer.gradient_checkpointing for layer in self._layers if isinstance(layer, GradientCheckpointingLayer)
+        )
         logits: list[torch.Tensor] = []
 
         def at_exit(depth: int, hidden: torch.Tensor) -> torch.Tensor:
             logits.append(self._exit_logits(len(logits), hidden, inputs))
-            return pass_gradient(hidden, share)
+            passed = pass_gradient(hidden, share)
+            # A reentrant checkpoint gives a layer no gradient if its input needs none.
+            return passed.requires_grad_(hidden.requires_grad) if is_checkpointed else passed
 
         outputs, _ = self._run_layers(inputs, at_exit, flags)
         logits.append(self._exit_logits(len(logits), outputs.last_hidden_state, inputs))

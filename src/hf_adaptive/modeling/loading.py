@@ -43,10 +43,14 @@ class LoadsPlainCheckpoints:
         if path is None:
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
         model_type = checkpoint_model_type(path, **kwargs)
-        if model_type == cls.config_class.model_type:
-            return cls._load_with_exits(path, *model_args, config=config, **kwargs)
-        if model_type == cls.architecture.model_type:
-            return cls._load_plain(path, *model_args, config=config, **kwargs)
+        loaders = {
+            cls.config_class.model_type: cls._load_with_exits,
+            cls.architecture.model_type: cls._load_plain,
+        }
+        if model_type in loaders:
+            loaded = loaders[model_type](path, *model_args, config=config, **kwargs)
+            (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze_if_disjoint()
+            return loaded
         raise ValueError(
             f"{path} is a checkpoint of model_type={model_type!r}; {cls.__name__} loads "
             f"{cls.architecture.model_type!r} and {cls.config_class.model_type!r}. "
@@ -160,10 +164,14 @@ def _pretrained_pooler(
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps the report of a load whose weights are loaded once more, with their final names, to itself."""
+
+    def is_error(record: python_logging.LogRecord) -> bool:
+        return record.levelno >= python_logging.ERROR
+
+    # Not the logger's level: transformers decides by it what to check.
     reporter = python_logging.getLogger("transformers.modeling_utils")
-    level = reporter.level
-    reporter.setLevel(python_logging.ERROR)
+    reporter.addFilter(is_error)
     try:
         yield
     finally:
-        reporter.setLevel(level)
+        reporter.removeFilter(is_error)

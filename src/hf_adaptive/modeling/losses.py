@@ -79,8 +79,15 @@ def _check_class_indexes(labels: torch.Tensor, rows: int, num_labels: int, is_wh
 def _check_numbers(labels: torch.Tensor, rows: int, num_labels: int, is_whole: bool, kind: str) -> None:
     if is_whole:
         raise ValueError(f"labels must be floats for {kind}, got {labels.dtype}. Cast them with labels.float().")
-    if labels.numel() != rows * num_labels:
+    shapes = [(rows, num_labels)] if num_labels > 1 else [(rows,), (rows, 1)]
+    if labels.shape not in shapes:
         raise ValueError(
             f"labels must have shape ({rows}, {num_labels}) for {kind} with num_labels={num_labels}, "
             f"got {tuple(labels.shape)}."
+        )
+    is_usable = labels.isfinite() if kind == "regression" else (labels >= 0) & (labels <= 1)
+    if not is_usable.all():
+        allowed = "finite numbers" if kind == "regression" else "numbers between 0 and 1, one a label,"
+        raise ValueError(
+            f"labels must be {allowed} for {kind}, got {labels[~is_usable].unique().tolist()[:5]}. Mend the data."
         )
