@@ -52,14 +52,12 @@ class Guarantee:
         p_value: of "the bound does not hold" for the setting returned; at most 1 − `confidence`.
         test: name of the test that gave it.
         num_testing: examples it was tested on.
-        num_tuning: other examples, from which the candidates were chosen; 0 if the candidates needed no data.
     """
 
     confidence: float
     p_value: float
     test: str
     num_testing: int
-    num_tuning: int
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

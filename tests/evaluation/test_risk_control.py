@@ -1,0 +1,258 @@
+"""The promise of risk control: exact p-values, and by simulation that the bound is kept as often as promised."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.evaluation.simulated import golden_cascade, simulated_exits
+
+from hf_adaptive.evaluation.exit_table import ExitTable
+from hf_adaptive.evaluation.p_values import (
+    accuracy_drop_p_value,
+    binomial_cdf,
+    binomial_upper_limit,
+    critical_disagreements,
+    disagreement_p_value,
+    passes_accuracy_drop,
+)
+from hf_adaptive.evaluation.risk_control import (
+    candidate_settings,
+    examples_needed,
+    find_guaranteed_thresholds,
+    split_examples,
+)
+from hf_adaptive.evaluation.threshold_search import find_thresholds
+from hf_adaptive.evaluation.wishes import make_wish
+
+CONFIDENCE = 0.95
+DELTA = 1 - CONFIDENCE
+DROP = make_wish(max_accuracy_drop=0.01)
+DISAGREEMENT = make_wish(max_disagreement=0.02)
+
+
+def binomial(trials, successes, probability):
+    return math.comb(trials, successes) * probability**successes * (1 - probability) ** (trials - successes)
+
+
+def trinomial(trials, losses, gains, loss_rate, gain_rate):
+    ways = math.comb(trials, losses) * math.comb(trials - losses, gains)
+    rest = max(0.0, 1 - loss_rate - gain_rate)
+    return ways * loss_rate**losses * gain_rate**gains * rest ** (trials - losses - gains)
+
+
+@settings(deadline=None)
+@given(trials=st.integers(1, 60), probability=st.floats(0.001, 0.999), data=st.data())
+def test_binomial_tail(trials, probability, data):
+    successes = data.draw(st.integers(0, trials))
+    expected = sum(binomial(trials, k, probability) for k in range(successes + 1))
+    assert binomial_cdf(successes, trials, probability) == pytest.approx(expected, rel=1e-9, abs=1e-14)
+
+
+@settings(deadline=None)
+@given(trials=st.integers(1, 3000), gamma=st.sampled_from([0.001, 0.005, 0.1]), data=st.data())
+def test_upper_limit_is_exact_and_never_too_low(trials, gamma, data):
+    successes = data.draw(st.integers(0, trials - 1))
+    limit = binomial_upper_limit(successes, trials, gamma)
+    assert binomial_cdf(successes, trials, limit) == pytest.approx(gamma, rel=1e-8)
+
+
+def test_critical_count_is_the_last_that_passes():
+    for num_examples, bound in ((149, 0.02), (500, 0.02), (3000, 0.1), (10_000, 0.005)):
+        critical = critical_disagreements(num_examples, bound, DELTA)
+        assert disagreement_p_value(critical, num_examples, bound) <= DELTA
+        assert disagreement_p_value(critical + 1, num_examples, bound) > DELTA
+
+
+@settings(deadline=None, max_examples=30)
+@given(num_examples=st.sampled_from([300, 2000, 30_000]), bound=st.sampled_from([0.005, 0.02, 0.1]), data=st.data())
+def test_many_accuracy_tests_at_once_equal_single_ones(num_examples, bound, data):
+    counts = st.lists(st.integers(0, num_examples // 4), min_size=5, max_size=5)
+    losses, gains = data.draw(counts), data.draw(counts)
+    at_once = passes_accuracy_drop(torch.tensor(losses), torch.tensor(gains), num_examples, bound, DELTA)
+    single = [
+        accuracy_drop_p_value(loss, gain, num_examples, bound, DELTA) <= DELTA
+        for loss, gain in zip(losses, gains, strict=True)
+    ]
+    assert at_once.tolist() == single
+
+
+@pytest.mark.parametrize("bound", [0.1, 0.2])
+def test_accuracy_test_errs_at_most_as_often_as_allowed_by_complete_enumeration(bound):
+    num_examples = 60
+    counts = [(a, b) for a in range(num_examples + 1) for b in range(num_examples + 1 - a)]
+    passing = [pair for pair in counts if accuracy_drop_p_value(*pair, num_examples, bound, DELTA) <= DELTA]
+    assert passing
+    for changed, excess in itertools.product([bound, 0.15, 0.25, 0.4, 0.5, 0.8, 1.0], [0.0, 0.02]):
+        drop = bound + excess
+        if changed < drop:
+            continue
+        loss_rate, gain_rate = (changed + drop) / 2, (changed - drop) / 2
+        error = sum(trinomial(num_examples, a, b, loss_rate, gain_rate) for a, b in passing)
+        assert error <= DELTA + 1e-12
+
+
+def test_accuracy_test_uses_gains():
+    # Clipping gains to 0 would have to show a loss rate below 1 %; 80 losses in 5,000 are 1.6 %.
+    assert accuracy_drop_p_value(80, 75, 5000, 0.01, DELTA) <= DELTA
+    assert disagreement_p_value(80, 5000, 0.01) > 0.99
+
+
+@pytest.mark.parametrize("wish", [DROP, DISAGREEMENT], ids=str)
+def test_too_few_examples_are_refused_with_the_number_needed(wish):
+    needed = examples_needed(wish, CONFIDENCE)
+    agreeing = ExitTable.from_predictions(
+        torch.rand(needed, 2), torch.zeros(needed, 2), [0.5, 1.0], torch.zeros(needed), lowest_score=0.0
+    )
+    choice = find_guaranteed_thresholds(agreeing, wish, CONFIDENCE)
+    assert choice.thresholds == (0.0,)
+    assert choice.guarantee.p_value <= DELTA
+    with pytest.raises(ValueError, match=f"at least {needed} examples .* got {needed - 1}"):
+        find_guaranteed_thresholds(agreeing.select(torch.arange(needed - 1)), wish, CONFIDENCE)
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.8, 0.95, 0.999])
+@pytest.mark.parametrize("wish", [DROP, DISAGREEMENT], ids=str)
+def test_number_needed_has_a_closed_form(wish, confidence):
+    assert examples_needed(wish, confidence) == math.ceil(math.log(1 - confidence) / math.log(1 - wish.bound))
+
+
+@pytest.mark.parametrize("wish", [DROP, DISAGREEMENT], ids=str)
+def test_answers_that_never_change_pass_with_any_larger_number(wish):
+    needed = examples_needed(wish, CONFIDENCE)
+    for num_examples in range(needed, 5 * needed, 17):
+        table = ExitTable.from_predictions(
+            torch.rand(num_examples, 2), torch.zeros(num_examples, 2), [0.5, 1.0], torch.zeros(num_examples)
+        )
+        assert find_guaranteed_thresholds(table, wish, CONFIDENCE).found
+
+
+def test_nothing_passes_where_early_exits_never_agree():
+    table = ExitTable.from_predictions(torch.rand(2000, 3), torch.tensor([[0, 0, 1]] * 2000), [0.3, 0.6, 1.0])
+    wish = make_wish(max_disagreement=0.002)
+    for candidates in (None, [(0.5, 0.5), (0.1, 0.1)]):
+        choice = find_guaranteed_thresholds(table, wish, CONFIDENCE, candidates)
+        assert not choice.found
+        assert choice.thresholds == (None, None)
+        assert choice.measured.mean_cost == 1.0
+
+
+def test_testing_stops_at_the_first_candidate_that_fails():
+    predictions = torch.tensor([[0, 0]] * 900 + [[1, 0]] * 100)
+    scores = torch.cat([torch.linspace(0.6, 0.9, 900), torch.full((100,), 0.5)])[:, None].expand(1000, 2)
+    table = ExitTable.from_predictions(scores, predictions, [0.5, 1.0])
+    choice = find_guaranteed_thresholds(table, DISAGREEMENT, CONFIDENCE, [(0.8,), (0.4,), (0.6,)])
+    assert choice.thresholds == (0.8,)
+    assert choice.per_exit
+
+
+def test_result_is_plain_data():
+    choice = find_guaranteed_thresholds(simulated_exits(1000), DROP, CONFIDENCE)
+    data = json.loads(json.dumps(choice.to_dict()))
+    assert data["guarantee"]["confidence"] == 0.95
+    assert data["guarantee"]["num_testing"] == 1000
+    assert data["guarantee"]["p_value"] <= DELTA
+
+
+def test_the_promise_costs_something():
+    table = simulated_exits(2000)
+    for wish in (DROP, DISAGREEMENT):
+        promised = find_guaranteed_thresholds(table, wish, CONFIDENCE).measured.mean_cost
+        assert find_thresholds(table, wish).measured.mean_cost <= promised < 0.6
+
+
+def test_split_is_a_partition_and_does_not_follow_the_order():
+    tuning, testing = split_examples(900)
+    assert torch.cat([tuning, testing]).sort().values.equal(torch.arange(900))
+    assert len(testing) == 600
+    assert 350 < testing.double().mean() < 550
+    assert split_examples(900)[0].equal(tuning)
+
+
+@pytest.mark.parametrize(
+    ("wish", "arguments", "message"),
+    [
+        (make_wish(target_cost=0.5), {"confidence": 0.95}, "got target_cost=0.5"),
+        (make_wish(max_disagreement=0.0), {"confidence": 0.95}, "above 0, got max_disagreement=0"),
+        (DISAGREEMENT, {"confidence": 1.0}, "confidence must lie between 0 and 1"),
+        (DISAGREEMENT, {"confidence": 95}, r"Did you mean 0\.95"),
+    ],
+)
+def test_bad_requests_are_refused(wish, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        find_guaranteed_thresholds(simulated_exits(1000), wish, **arguments)
+
+
+def test_labels_are_required_where_accuracy_counts():
+    table = ExitTable.from_predictions(torch.rand(1000, 2), torch.zeros(1000, 2), [0.5, 1.0])
+    with pytest.raises(ValueError, match="needs labels"):
+        find_guaranteed_thresholds(table, DROP, CONFIDENCE)
+
+
+def test_splitting_needs_examples_on_both_sides():
+    with pytest.raises(ValueError, match="testing_share=0"):
+        split_examples(100, testing_share=0)
+
+
+# Simulation. The pool is the whole population: calibration sets are drawn from it with replacement, so the risk on the
+# pool is exactly the risk on new data that the promise is about, without the noise of a finite test set.
+
+DRAWS = 1000
+# 5 % and three binomial standard errors of 1,000 draws.
+MOST_VIOLATIONS = 0.05 + 3 * math.sqrt(0.05 * 0.95 / DRAWS)
+
+
+def draw(pool, num_examples, generator):
+    return pool.select(torch.randint(pool.num_examples, (num_examples,), generator=generator))
+
+
+def summary(pool, wish, choices):
+    """Share of the choices that violate the bound on the pool, and the mean saving against running everything."""
+    points = [pool.measure(choice.thresholds) for choice in choices]
+    risks = [point.disagreement if wish.name == "max_disagreement" else point.accuracy_drop for point in points]
+    violations = sum(risk > wish.bound + 1e-12 for risk in risks) / len(risks)
+    return violations, 1 - sum(point.mean_cost for point in points) / len(points) / pool.costs[-1].item()
+
+
+@pytest.mark.parametrize("wish", [DROP, DISAGREEMENT], ids=str)
+def test_promise_is_kept_with_a_shared_threshold(wish):
+    pool, generator = simulated_exits(4000), torch.Generator().manual_seed(1)
+    calibrations = (draw(pool, 1000, generator) for _ in range(DRAWS))
+    choices = [find_guaranteed_thresholds(testing, wish, CONFIDENCE) for testing in calibrations]
+    violations, saving = summary(pool, wish, choices)
+    assert violations <= MOST_VIOLATIONS
+    assert saving > 0.5
+
+
+@pytest.mark.parametrize("wish", [DROP, DISAGREEMENT], ids=str)
+def test_promise_is_kept_with_one_threshold_per_exit(wish):
+    # It holds for every outcome of the tuning, so five of them serve two hundred draws each.
+    pool, generator = simulated_exits(4000), torch.Generator().manual_seed(2)
+    choices = []
+    for _ in range(5):
+        candidates = candidate_settings(draw(pool, 500, generator), wish)
+        calibrations = (draw(pool, 1000, generator) for _ in range(DRAWS // 5))
+        choices += [find_guaranteed_thresholds(testing, wish, CONFIDENCE, candidates) for testing in calibrations]
+    violations, saving = summary(pool, wish, choices)
+    assert violations <= MOST_VIOLATIONS
+    assert saving > 0.45
+
+
+@pytest.mark.parametrize("wish", [make_wish(max_accuracy_drop=0.05), make_wish(max_disagreement=0.1)], ids=str)
+def test_promise_is_kept_with_the_golden_cascade(wish):
+    pool, generator = golden_cascade(), torch.Generator().manual_seed(3)
+    calibrations = (draw(pool, 300, generator) for _ in range(DRAWS))
+    choices = [find_guaranteed_thresholds(testing, wish, CONFIDENCE) for testing in calibrations]
+    violations, saving = summary(pool, wish, choices)
+    assert violations <= MOST_VIOLATIONS
+    assert saving > 0.04
+
+
+def test_without_the_promise_the_bound_is_missed_often():
+    pool, generator = simulated_exits(4000), torch.Generator().manual_seed(1)
+    choices = [find_thresholds(draw(pool, 1000, generator), DISAGREEMENT) for _ in range(200)]
+    violations, _ = summary(pool, DISAGREEMENT, choices)
+    assert violations > 0.3
