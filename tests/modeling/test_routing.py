@@ -103,5 +103,5 @@ def test_dropout_is_drawn_alike_for_every_routing(name):
 
 
 def test_gradient_checkpointing_where_the_backbone_has_none():
-    with pytest.raises(ValueError, match="MPNet.* does not support"):
+    with pytest.raises(ValueError, match=r"MPNet.* does not support"):
         tiny.model("mpnet").gradient_checkpointing_enable()

@@ -55,6 +55,15 @@ def choose_exits(exit_logits: torch.Tensor, policy: Policy, problem_type: str) -
     return exit_index
 
 
+def warn_of_nan(depth: int, count: int, rows: int) -> None:
+    """Says so where the exit after `depth` layers gave NaN for `count` of so many rows."""
+    if count:
+        logger.warning_once(
+            f"the exit after layer {depth} gave NaN for {count} of {rows} rows. They are never counted as sure and "
+            "went on; look for NaN in the weights or an overflow in float16."
+        )
+
+
 class Leaving:
     """The rows of one batch that are still being run.
 
@@ -101,17 +110,10 @@ class Leaving:
         self.answers.exit_index[self.rows] = torch.where(leaves, index, last)
         is_nan = evidence.logits[:, -1].isnan().any(dim=-1)
         leaves, is_nan, start, stop = torch.stack((leaves.long(), is_nan.long(), *self.inputs.spans())).cpu()
-        self._warn_of_nan(index, int(is_nan.sum()))
+        warn_of_nan(self.exit_layers[index], int(is_nan.sum()), len(self.rows))
         self.staying = (leaves == 0).nonzero().flatten()
         if len(self.staying):
             self.window = int(start[self.staying].min()), int(stop[self.staying].max())
-
-    def _warn_of_nan(self, index: int, count: int) -> None:
-        if count:
-            logger.warning_once(
-                f"the exit after layer {self.exit_layers[index]} gave NaN for {count} of {len(self.rows)} rows. They "
-                "are never counted as sure and went on; look for NaN in the weights or an overflow in float16."
-            )
 
     def shrink(self, hidden: torch.Tensor) -> torch.Tensor:
         """Keeps the rows that stay, without the padding that only rows gone needed; returns their hidden state."""

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import can_return_tuple, logging
 
-from .answers import Answers, Leaving, choose_exits
+from .answers import Answers, Leaving, choose_exits, warn_of_nan
 from .criteria import CRITERIA, ForcedPolicy, Policy, ThresholdPolicy
 from .heads import ExitHead
 from .inputs import BackboneInputs
@@ -115,7 +115,7 @@ class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, PredictsDatasets):
         else:
             answers, outputs = self._run_everything(inputs, flags)
             if policy is not None:
-                answers.exit_index = choose_exits(answers.logits, policy, problem_type(self.config))
+                answers.exit_index = self._choose_exits(answers.logits, policy)
         return SequenceClassifierWithExitsOutput(
             loss=None if labels is None else self._loss(answers, labels, policy),
             logits=None if self.training and labels is None else answers.taken,
@@ -191,7 +191,7 @@ class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, PredictsDatasets):
     def _forced_policy(self, thresholds: Any, exit_at: int) -> Policy | None:
         if thresholds is not None:
             raise ValueError(f"give exit_at={exit_at} or exit_thresholds={thresholds}, not both.")
-        if exit_at not in self.config.exit_layers:
+        if isinstance(exit_at, bool) or exit_at not in self.config.exit_layers:
             raise ValueError(
                 f"exit_at must be one of exit_layers={self.config.exit_layers} (layers run), got {exit_at!r}."
             )
@@ -227,6 +227,12 @@ class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, PredictsDatasets):
         stacked = torch.stack(logits, dim=1)
         last = torch.full((inputs.rows,), len(logits) - 1, dtype=torch.long, device=stacked.device)
         return Answers(stacked, last), outputs
+
+    def _choose_exits(self, logits: torch.Tensor, policy: Policy) -> torch.Tensor:
+        is_nan = logits[:, :-1].isnan().any(dim=-1)
+        for depth, count in zip(self.config.exit_layers, is_nan.sum(dim=0).tolist()):
+            warn_of_nan(depth, count, len(logits))
+        return choose_exits(logits, policy, problem_type(self.config))
 
     def _run_layers(
         self,
