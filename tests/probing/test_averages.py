@@ -1,5 +1,7 @@
 """Averages against the numbers of PAPA's own code, merging, resuming and bad input."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
@@ -108,7 +110,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     before = (tmp_path / "averages.safetensors").read_bytes()
 
     def fails(tensors, path, metadata):
-        path.write_bytes(b"half")
+        Path(path).write_bytes(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr("hf_adaptive.probing.averages.save_file", fails)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .files import write_whole
+from ..files import write_whole
 
 _FORMAT = "hf_adaptive.mean_attention"
 _MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -116,7 +116,7 @@ class MeanAttention:
         tensors = {"sums": self.sums, "counts": self.counts, "model_print": self.model_print}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         metadata = {"format": _FORMAT, "batches": str(self.batches), "model_name": self.model_name}
-        write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+        write_whole(path, lambda draft: save_file(tensors, draft, metadata=metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "MeanAttention":

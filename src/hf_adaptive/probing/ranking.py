@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import DataCollator, PreTrainedModel, Trainer, TrainingArguments
 
+from ..files import write_whole
 from ..modeling.constant_attention import (
     AttentionLayout,
     attention_layout,
@@ -25,7 +26,6 @@ from ..modeling.constant_attention import (
     constant_attention,
     self_attentions,
 )
-from .files import write_json
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class HeadRanking:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes JSON with the lambdas and, for readers, the order; whole or not at all."""
-        write_json(path, {"lambdas": self.lambdas, "order": self.order})
+        content = json.dumps({"lambdas": self.lambdas, "order": self.order}, indent=2)
+        write_whole(path, lambda draft: Path(draft).write_text(content + "\n", encoding="utf-8"))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "HeadRanking":
