@@ -246,6 +246,8 @@ class Study:
             save_strategy="no",
             logging_strategy="no",
             report_to=[],
+            # The quiet log level of main would hide the progress bars as well.
+            disable_tqdm=False,
         )
 
     def _collator(self) -> Any:
@@ -346,11 +348,11 @@ def _read(file: str, size: int) -> datasets.Dataset:
 
 def _model_class(arguments: StudyArguments) -> type:
     model_type = AutoConfig.from_pretrained(arguments.model).model_type
-    if model_type not in papa.ARCHITECTURES:
+    if model_type not in papa.PAPA_ARCHITECTURES:
         raise ValueError(
-            f"{arguments.model} is of type {model_type!r}. PAPA supports {', '.join(papa.ARCHITECTURES)}."
+            f"{arguments.model} is of type {model_type!r}. PAPA supports {', '.join(papa.PAPA_ARCHITECTURES)}."
         )
-    return getattr(papa, f"Papa{papa.ARCHITECTURES[model_type].prefix}{MODEL_SUFFIXES[arguments.task]}")
+    return getattr(papa, f"Papa{papa.PAPA_ARCHITECTURES[model_type].prefix}{MODEL_SUFFIXES[arguments.task]}")
 
 
 def _accuracy(prediction: transformers.EvalPrediction) -> dict[str, float]:

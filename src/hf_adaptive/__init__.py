@@ -1,9 +1,11 @@
 """Early exits and constant attention for the text classifiers of `transformers`."""
 
 from .auto import AutoModelForSequenceClassificationWithExits
+from .evaluation import ExitReport, evaluate_exits
 from .modeling.architectures import ARCHITECTURES, Architecture, make_class, register_architecture
 from .modeling.heads import Head
 from .modeling.outputs import SequenceClassifierWithExitsOutput
+from .training import ExitsTrainer
 from .version import __version__
 
 for _architecture in list(ARCHITECTURES.values()):
@@ -19,9 +21,12 @@ __all__ = [
     "ARCHITECTURES",
     "Architecture",
     "AutoModelForSequenceClassificationWithExits",
+    "ExitReport",
+    "ExitsTrainer",
     "Head",
     "SequenceClassifierWithExitsOutput",
     "__version__",
+    "evaluate_exits",
     "register_architecture",
     *(
         name

@@ -1,5 +1,6 @@
 """What the exits said of each row, and which rows go on."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,23 +13,65 @@ from .losses import problem_type
 logger = logging.get_logger(__name__)
 
 
+@dataclass
+class ExitAnswer:
+    """What one exit says of some rows.
+
+    Args:
+        logits (`torch.Tensor` of shape `(rows, labels)`): Divided by the temperature.
+        certainty (`torch.Tensor` of shape `(rows,)`, *optional*): Of the learned unit.
+    """
+
+    logits: torch.Tensor
+    certainty: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> "ExitAnswer":
+        """The same on another device."""
+        return ExitAnswer(self.logits.to(device), None if self.certainty is None else self.certainty.to(device))
+
+
 class Answers:
     """What the exits said so far.
 
     Args:
         logits (`torch.Tensor` of shape `(rows, exits, labels)`): NaN where an exit was not reached.
         exit_index (`torch.LongTensor` of shape `(rows,)`): The exit taken; the last one until a row leaves.
+        certainty (`torch.Tensor` of shape `(rows, exits)`, *optional*): Of the exits' learned units, likewise.
     """
 
-    def __init__(self, logits: torch.Tensor, exit_index: torch.Tensor):
+    def __init__(self, logits: torch.Tensor, exit_index: torch.Tensor, certainty: torch.Tensor | None = None):
         self.logits = logits
         self.exit_index = exit_index
+        self.certainty = certainty
 
     @classmethod
-    def none_yet(cls, rows: int, exits: int, like: torch.Tensor) -> "Answers":
-        """No exit reached; scores of the type and on the device of `like`, of shape `(rows, labels)`."""
-        logits = like.new_full((rows, exits, like.shape[-1]), torch.nan)
-        return cls(logits, torch.full((rows,), exits - 1, dtype=torch.long, device=like.device))
+    def none_yet(cls, rows: int, exits: int, like: ExitAnswer) -> "Answers":
+        """No exit reached; of the type and on the device of one exit's answer."""
+        logits = like.logits.new_full((rows, exits, like.logits.shape[-1]), torch.nan)
+        exit_index = torch.full((rows,), exits - 1, dtype=torch.long, device=logits.device)
+        certainty = None if like.certainty is None else like.certainty.new_full((rows, exits), torch.nan)
+        return cls(logits, exit_index, certainty)
+
+    @classmethod
+    def of_every_exit(cls, answers: list[ExitAnswer]) -> "Answers":
+        """All exits reached, none taken but the last."""
+        logits = torch.stack([answer.logits for answer in answers], dim=1)
+        exit_index = torch.full((len(logits),), len(answers) - 1, dtype=torch.long, device=logits.device)
+        has_certainty = answers[0].certainty is not None
+        certainty = torch.stack([answer.certainty for answer in answers], dim=1) if has_certainty else None
+        return cls(logits, exit_index, certainty)
+
+    def note(self, rows: torch.Tensor, index: int, answer: ExitAnswer) -> None:
+        """Writes down what one exit says of some rows."""
+        self.logits[rows, index] = answer.logits
+        if self.certainty is not None:
+            self.certainty[rows, index] = answer.certainty
+
+    def evidence(self, index: int, config: Any, rows: torch.Tensor | slice = slice(None)) -> Evidence:
+        """What is known of some rows at one exit."""
+        certainty = None if self.certainty is None else self.certainty[rows, index]
+        logits = self.logits[rows, : index + 1]
+        return Evidence(logits, problem_type(config), certainty, config.exit_tolerance)
 
     @property
     def taken(self) -> torch.Tensor:
@@ -36,21 +79,21 @@ class Answers:
         return self.logits[torch.arange(len(self.logits), device=self.logits.device), self.exit_index]
 
 
-def choose_exits(exit_logits: torch.Tensor, policy: Policy, problem_type: str) -> torch.Tensor:
+def choose_exits(answers: Answers, policy: Policy, config: Any) -> torch.Tensor:
     """The exit that each row takes, where all exits were computed.
 
     Args:
-        exit_logits (`torch.Tensor` of shape `(rows, exits, labels)`): Divided by the temperatures.
+        answers (`Answers`): Of every exit.
         policy (`Policy`): When rows leave.
-        problem_type (`str`): As in the configuration.
+        config: The model's configuration.
 
     Returns:
         `torch.LongTensor` of shape `(rows,)`: Indexes into `exit_layers`.
     """
-    rows, exits = exit_logits.shape[:2]
-    exit_index = torch.full((rows,), exits - 1, dtype=torch.long, device=exit_logits.device)
+    rows, exits = answers.logits.shape[:2]
+    exit_index = torch.full((rows,), exits - 1, dtype=torch.long, device=answers.logits.device)
     for index in reversed(range(exits - 1)):
-        leaves = policy.leaves(index, Evidence(exit_logits[:, : index + 1], problem_type))
+        leaves = policy.leaves(index, answers.evidence(index, config))
         exit_index = torch.where(leaves, index, exit_index)
     return exit_index
 
@@ -86,7 +129,7 @@ class Leaving:
         total: int | None = None,
     ):
         self.exit_layers = config.exit_layers
-        self.problem_type = problem_type(config)
+        self.config = config
         self.policy = policy
         self.inputs = inputs
         self.rows = torch.arange(inputs.rows, device=inputs.device) if rows is None else rows
@@ -95,16 +138,16 @@ class Leaving:
         self.staying = torch.arange(inputs.rows)
         self.window = (0, inputs.length)
 
-    def answer(self, index: int, logits: torch.Tensor) -> None:
+    def answer(self, index: int, answer: ExitAnswer) -> None:
         """Notes what an exit says of the rows still here."""
-        logits = logits.to(self.inputs.device)
+        answer = answer.to(self.inputs.device)
         if self.answers is None:
-            self.answers = Answers.none_yet(self.total, len(self.exit_layers), logits)
-        self.answers.logits[self.rows, index] = logits
+            self.answers = Answers.none_yet(self.total, len(self.exit_layers), answer)
+        self.answers.note(self.rows, index, answer)
 
     def decide(self, index: int) -> None:
         """Lets rows leave. One transfer from the device tells who stays and how far their tokens reach."""
-        evidence = Evidence(self.answers.logits[self.rows, : index + 1], self.problem_type)
+        evidence = self.answers.evidence(index, self.config, self.rows)
         leaves = self.policy.leaves(index, evidence)
         last = len(self.exit_layers) - 1
         self.answers.exit_index[self.rows] = torch.where(leaves, index, last)

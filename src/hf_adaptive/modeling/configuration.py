@@ -34,6 +34,9 @@ class ExitsConfigMixin:
             nothing may take. A single number stands for all. None: run everything.
         exit_temperatures (`list[float]`, *optional*): Each exit's logits are divided by its temperature; None for 1.
 
+        exit_tolerance (`float`, *optional*): For `exit_criterion="patience"` in regression: numbers that differ by no
+            more than this are the same answer.
+
     Raises:
         ValueError: For any value that cannot be used; it names the value, what is allowed, and the fix.
     """
@@ -45,6 +48,7 @@ class ExitsConfigMixin:
     exit_criterion: str = "confidence"
     exit_thresholds: list[float | int | None] | float | int | None = None
     exit_temperatures: list[float | int] | None = None
+    exit_tolerance: float | int | None = None
 
     def __post_init__(self, **kwargs: Any):
         refuse_unknown_fields(kwargs, "exit_", exit_field_names())

@@ -163,14 +163,16 @@ def _first_fraction(
 
 def attention_layout(backbone: PreTrainedModel) -> AttentionLayout:
     """The layout of a backbone's self-attention; a ValueError if constant heads do not support the architecture."""
-    name = type(backbone).__name__
-    if name not in SUPPORTED_BACKBONES:
-        raise ValueError(f"{name} does not support constant heads. Supported: {', '.join(SUPPORTED_BACKBONES)}.")
+    names = [base.__name__ for base in type(backbone).__mro__ if base.__name__ in SUPPORTED_BACKBONES]
+    if not names:
+        raise ValueError(
+            f"{type(backbone).__name__} does not support constant heads. Supported: {', '.join(SUPPORTED_BACKBONES)}."
+        )
     if getattr(backbone.config, "is_decoder", False):
         raise ValueError("constant heads need bidirectional attention, got is_decoder=True. Set is_decoder=False.")
     if getattr(backbone.config, "talking_head", False):
         raise ValueError("constant heads cannot be separated from talking heads. Set talking_head=False.")
-    return SUPPORTED_BACKBONES[name]
+    return SUPPORTED_BACKBONES[names[0]]
 
 
 def self_attentions(backbone: PreTrainedModel) -> list[nn.Module]:

@@ -4,10 +4,13 @@ A criterion turns what the exits know about a row into a signal and compares it 
 one class and one line in `CRITERIA`.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
+
+CLASSIFICATION = ("single_label_classification", "multi_label_classification")
 
 
 @dataclass
@@ -17,30 +20,46 @@ class Evidence:
     Args:
         logits (`torch.Tensor` of shape `(rows, exits so far, labels)`): Divided by the temperatures; this exit last.
         problem_type (`str`): `single_label_classification`, `multi_label_classification` or `regression`.
+        certainty (`torch.Tensor` of shape `(rows,)`, *optional*): What the exit's learned unit says, 0 to 1.
+        tolerance (`float`, *optional*): Numbers this close are the same answer (regression).
     """
 
     logits: torch.Tensor
     problem_type: str
+    certainty: torch.Tensor | None = None
+    tolerance: float | None = None
 
 
 class Criterion(ABC):
-    """Says which rows leave at an exit."""
+    """Says which rows leave at an exit.
+
+    Args:
+        name (`str`): As in `exit_criterion`.
+        problem_types (`tuple[str, ...]`): Where it means something.
+        threshold_range (`str`): What a threshold can be, for messages.
+        leaves_above (`bool`): Whether a row leaves at or above the threshold; else at or below it.
+    """
 
     name: str
-    problem_types: tuple[str, ...]
+    problem_types: tuple[str, ...] = CLASSIFICATION
     threshold_range: str
+    leaves_above: bool = True
 
     @abstractmethod
     def allows(self, threshold: float) -> bool:
         """Whether this number can be a threshold of this criterion."""
 
     @abstractmethod
+    def useful_thresholds(self, num_labels: int, exits: int) -> list[float]:
+        """Thresholds that show the whole trade-off, from leaving at once to hardly leaving."""
+
+    @abstractmethod
     def signal(self, evidence: Evidence) -> torch.Tensor:
         """The number that is compared with the threshold, `torch.Tensor` of shape `(rows,)`."""
 
-    @abstractmethod
     def leaves(self, signal: torch.Tensor, threshold: float) -> torch.Tensor:
         """Which rows leave, `torch.BoolTensor` of shape `(rows,)`. A signal of NaN never leaves."""
+        return signal >= threshold if self.leaves_above else signal <= threshold
 
     def check_threshold(self, threshold: float | None, position: int) -> None:
         """Raises `ValueError` for a threshold that cannot be one; None means: nothing leaves at this exit."""
@@ -63,17 +82,20 @@ class Criterion(ABC):
 
 
 class Confidence(Criterion):
-    """Largest softmax probability (SWEET, section 2); a row leaves at or above the threshold.
+    """Largest softmax probability (SWEET, section 2), from 1 / labels to 1.
 
     Several labels at once: the least sure of the yes/no answers counts, each with the larger of its two probabilities.
     """
 
     name = "confidence"
-    problem_types = ("single_label_classification", "multi_label_classification")
     threshold_range = "a probability from 0 to 1"
 
     def allows(self, threshold: float) -> bool:
         return 0 <= threshold <= 1
+
+    def useful_thresholds(self, num_labels: int, exits: int) -> list[float]:
+        # The papers' grid: equally spaced from the least possible value to the largest.
+        return _grid(1 / max(2, num_labels), 1)
 
     def signal(self, evidence: Evidence) -> torch.Tensor:
         logits = evidence.logits[:, -1].float()
@@ -81,11 +103,101 @@ class Confidence(Criterion):
             return torch.sigmoid(logits.abs()).amin(dim=-1)
         return logits.softmax(dim=-1).amax(dim=-1)
 
-    def leaves(self, signal: torch.Tensor, threshold: float) -> torch.Tensor:
-        return signal >= threshold
+
+class Entropy(Criterion):
+    """Entropy of the softmax divided by its largest value, the logarithm of the number of labels (DeeBERT, Xin et al.,
+    ACL 2020, section 2.3): 0 is sure, 1 knows nothing, whatever the number of labels.
+
+    Several labels at once: the largest entropy of the yes/no answers, each divided by log 2.
+    """
+
+    name = "entropy"
+    threshold_range = "a normalised entropy from 0 (sure) to 1"
+    leaves_above = False
+
+    def allows(self, threshold: float) -> bool:
+        return 0 <= threshold <= 1
+
+    def useful_thresholds(self, num_labels: int, exits: int) -> list[float]:
+        return _grid(1, 0)
+
+    def signal(self, evidence: Evidence) -> torch.Tensor:
+        logits = evidence.logits[:, -1].float()
+        if evidence.problem_type == "multi_label_classification":
+            yes_or_no = torch.stack((logits, torch.zeros_like(logits)), dim=-1)
+            return _normalised_entropy(yes_or_no).amax(dim=-1)
+        return _normalised_entropy(logits)
 
 
-CRITERIA: dict[str, Criterion] = {criterion.name: criterion for criterion in (Confidence(),)}
+class Patience(Criterion):
+    """How many exits in a row, this one included, gave the same answer (PABEE, Zhou et al., NeurIPS 2020).
+
+    1 leaves at the first exit, 2 asks for the exit before to agree, and so on. Numbers (regression) are the same if
+    they differ by no more than `exit_tolerance`.
+    """
+
+    name = "patience"
+    problem_types = (*CLASSIFICATION, "regression")
+    threshold_range = "a whole number of exits from 1 on"
+
+    def allows(self, threshold: float) -> bool:
+        return threshold >= 1 and float(threshold).is_integer()
+
+    def useful_thresholds(self, num_labels: int, exits: int) -> list[float]:
+        return [float(count) for count in range(1, exits + 1)]
+
+    def signal(self, evidence: Evidence) -> torch.Tensor:
+        agrees = _agrees_with_exit_before(evidence)
+        # Products over ever more of the latest exits: 1 as long as all of them agree.
+        in_a_row = agrees.flip(dims=(1,)).cumprod(dim=1).sum(dim=1)
+        return 1.0 + in_a_row
+
+
+class Learned(Criterion):
+    """What a linear unit on the pooled vector has learned of whether this exit is right ("learning to exit", BERxiT,
+    Xin et al., EACL 2021, section 4; SWEET, section 2), calibrated to 0–1 by its range over a calibration set.
+    """
+
+    name = "learned"
+    threshold_range = "a calibrated certainty from 0 to 1"
+
+    def allows(self, threshold: float) -> bool:
+        return 0 <= threshold <= 1
+
+    def useful_thresholds(self, num_labels: int, exits: int) -> list[float]:
+        return _grid(0, 1)
+
+    def signal(self, evidence: Evidence) -> torch.Tensor:
+        return evidence.certainty
+
+
+def _grid(first: float, last: float, count: int = 21) -> list[float]:
+    return [first + (last - first) * step / (count - 1) for step in range(count)]
+
+
+def _normalised_entropy(logits: torch.Tensor) -> torch.Tensor:
+    """Entropy of the softmax over the last dimension, divided by its largest value."""
+    log_probabilities = logits.log_softmax(dim=-1)
+    entropy = -(log_probabilities.exp() * log_probabilities).sum(dim=-1)
+    return (entropy / math.log(logits.shape[-1])).clamp(0, 1)
+
+
+def _agrees_with_exit_before(evidence: Evidence) -> torch.Tensor:
+    """Whether each exit but the first agrees with the one before it: `(rows, exits so far - 1)`, 0 or 1."""
+    logits = evidence.logits
+    if evidence.problem_type == "single_label_classification":
+        answers = logits.argmax(dim=-1)
+        return (answers[:, 1:] == answers[:, :-1]).long()
+    if evidence.problem_type == "multi_label_classification":
+        answers = logits > 0
+        return (answers[:, 1:] == answers[:, :-1]).all(dim=-1).long()
+    distance = (logits[:, 1:] - logits[:, :-1]).abs().amax(dim=-1)
+    return (distance <= evidence.tolerance).long()
+
+
+CRITERIA: dict[str, Criterion] = {
+    criterion.name: criterion for criterion in (Confidence(), Entropy(), Patience(), Learned())
+}
 
 
 @dataclass(frozen=True)

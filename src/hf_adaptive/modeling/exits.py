@@ -8,22 +8,26 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import can_return_tuple, logging
 
-from .answers import Answers, Leaving, choose_exits, warn_of_nan
+from .answers import Answers, ExitAnswer, Leaving, choose_exits, warn_of_nan
 from .criteria import CRITERIA, ForcedPolicy, Policy, ThresholdPolicy
-from .heads import ExitHead
+from .heads import CertaintyUnit, ExitHead
 from .inputs import BackboneInputs
 from .layers import LayerList, LayerRun, Pause, Progress, install_layer_list
 from .loading import LoadsPlainCheckpoints
-from .losses import answer_loss, check_labels, exits_loss, problem_type
+from .losses import answer_loss, certainty_loss, check_labels, exits_loss, problem_type
 from .outputs import SequenceClassifierWithExitsOutput
 from .prediction import PredictsDatasets
 from .routing import gradient_share, pass_gradient
 from .saving import SavesWhole
 
 logger = logging.get_logger(__name__)
+
+# What an evaluation with Trainer leaves on the device.
+NOT_GATHERED = ("exit_logits", "exit_index", "exit_certainty", "hidden_states", "attentions")
 
 
 class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, PredictsDatasets):
@@ -47,8 +51,14 @@ class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, PredictsDatasets):
         self._exits_are_untrained = True
         self._check_routing_of_shared_layers()
         self._freeze_if_disjoint()
-        config.keys_to_ignore_at_inference = ["exit_logits", "exit_index", "hidden_states", "attentions"]
+        config.keys_to_ignore_at_inference = list(NOT_GATHERED)
         self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, CertaintyUnit):
+            init.zeros_(module.least)
+            init.ones_(module.largest)
 
     def _freeze_if_disjoint(self) -> None:
         """No exit trains the backbone then; called again after loading, which makes new parameters."""
@@ -115,12 +125,13 @@ class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, PredictsDatasets):
         else:
             answers, outputs = self._run_everything(inputs, flags)
             if policy is not None:
-                answers.exit_index = self._choose_exits(answers.logits, policy)
+                answers.exit_index = self._choose_exits(answers, policy)
         return SequenceClassifierWithExitsOutput(
             loss=None if labels is None else self._loss(answers, labels, policy),
             logits=None if self.training and labels is None else answers.taken,
             exit_logits=answers.logits,
             exit_index=answers.exit_index,
+            exit_certainty=answers.certainty,
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
         )
@@ -214,25 +225,23 @@ class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, PredictsDatasets):
         is_checkpointed = any(
             layer.gradient_checkpointing for layer in self._layers if isinstance(layer, GradientCheckpointingLayer)
         )
-        logits: list[torch.Tensor] = []
+        answers: list[ExitAnswer] = []
 
         def at_exit(depth: int, hidden: torch.Tensor) -> torch.Tensor:
-            logits.append(self._exit_logits(len(logits), hidden, inputs))
+            answers.append(self._exit_answer(len(answers), hidden, inputs))
             passed = pass_gradient(hidden, share)
             # A reentrant checkpoint gives a layer no gradient if its input needs none.
             return passed.requires_grad_(hidden.requires_grad) if is_checkpointed else passed
 
         outputs, _ = self._run_layers(inputs, at_exit, flags)
-        logits.append(self._exit_logits(len(logits), outputs.last_hidden_state, inputs))
-        stacked = torch.stack(logits, dim=1)
-        last = torch.full((inputs.rows,), len(logits) - 1, dtype=torch.long, device=stacked.device)
-        return Answers(stacked, last), outputs
+        answers.append(self._exit_answer(len(answers), outputs.last_hidden_state, inputs))
+        return Answers.of_every_exit(answers), outputs
 
-    def _choose_exits(self, logits: torch.Tensor, policy: Policy) -> torch.Tensor:
-        is_nan = logits[:, :-1].isnan().any(dim=-1)
+    def _choose_exits(self, answers: Answers, policy: Policy) -> torch.Tensor:
+        is_nan = answers.logits[:, :-1].isnan().any(dim=-1)
         for depth, count in zip(self.config.exit_layers, is_nan.sum(dim=0).tolist()):
-            warn_of_nan(depth, count, len(logits))
-        return choose_exits(logits, policy, problem_type(self.config))
+            warn_of_nan(depth, count, len(is_nan))
+        return choose_exits(answers, policy, self.config)
 
     def _run_layers(
         self,
@@ -266,14 +275,16 @@ class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, PredictsDatasets):
         is_separated = self.architecture.shares_layers and gradient_share(self.config.exit_routing) == 0
         return not is_separated or depth < self.config.exit_layers[0]
 
-    def _exit_logits(self, index: int, hidden: torch.Tensor, inputs: BackboneInputs) -> torch.Tensor:
+    def _exit_answer(self, index: int, hidden: torch.Tensor, inputs: BackboneInputs) -> ExitAnswer:
         head = self.exits[index]
         if self.config.exit_routing == "disjoint":
             hidden = hidden.detach()
         mask = None if inputs.mask is None else inputs.mask.to(hidden.device)
-        logits = head.classifier(head.pool(hidden, self.config.exit_pooling, mask))
-        temperatures = self.config.exit_temperatures
-        return logits if temperatures is None else logits / temperatures[index]
+        pooled = head.pool(hidden, self.config.exit_pooling, mask)
+        logits = head.classifier(pooled)
+        if self.config.exit_temperatures is not None:
+            logits = logits / self.config.exit_temperatures[index]
+        return ExitAnswer(logits, None if head.certainty is None else head.certainty(pooled))
 
     # Leaving early
 
@@ -291,7 +302,7 @@ class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, PredictsDatasets):
 
         def at_exit(depth: int, hidden: torch.Tensor) -> torch.Tensor:
             index = self.config.exit_layers.index(depth)
-            leaving.answer(index, self._exit_logits(index, hidden, leaving.inputs))
+            leaving.answer(index, self._exit_answer(index, hidden, leaving.inputs))
             leaving.decide(index)
             if len(leaving.staying) < len(leaving.rows):
                 raise Pause
@@ -301,11 +312,14 @@ class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, PredictsDatasets):
         if outputs is None:
             return progress if len(leaving.staying) else None
         last = len(self.exits) - 1
-        leaving.answer(last, self._exit_logits(last, outputs.last_hidden_state, leaving.inputs))
+        leaving.answer(last, self._exit_answer(last, outputs.last_hidden_state, leaving.inputs))
         return None
 
     def _loss(self, answers: Answers, labels: torch.Tensor, policy: Policy | None) -> torch.Tensor:
         self._exits_are_untrained = self._exits_are_untrained and not self.training
-        if policy is None:
-            return exits_loss(answers.logits, labels, self.config)
-        return answer_loss(answers.taken, labels, self.config)
+        if policy is not None:
+            return answer_loss(answers.taken, labels, self.config)
+        loss = exits_loss(answers.logits, labels, self.config)
+        if answers.certainty is None:
+            return loss
+        return loss + certainty_loss(answers.logits, answers.certainty, labels, self.config)

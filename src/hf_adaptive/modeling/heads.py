@@ -12,6 +12,26 @@ from transformers.activations import ACT2FN
 POOLINGS = ("cls", "mean", "last")
 
 
+class CertaintyUnit(nn.Module):
+    """Learns from an exit's pooled vector whether the exit is right (`exit_criterion="learned"`).
+
+    Args:
+        size (`int`): Width of the pooled vector.
+    """
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.linear = nn.Linear(size, 1)
+        # Range over a calibration set; 0 to 1 until there was one.
+        self.register_buffer("least", torch.tensor(0.0))
+        self.register_buffer("largest", torch.tensor(1.0))
+
+    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Certainty from 0 to 1, `torch.Tensor` of shape `(rows,)`; stretched to its range in evaluation mode."""
+        certainty = self.linear(pooled).squeeze(-1).sigmoid()
+        return certainty if self.training else ((certainty - self.least) / (self.largest - self.least)).clamp(0, 1)
+
+
 @dataclass(frozen=True)
 class Head:
     """How an architecture's own classification head is built, and where its stock classifier keeps the parts.
@@ -67,6 +87,7 @@ class ExitHead(nn.Module):
             self.norm = head.build_norm(config)
         self.dropout = nn.Dropout(head.dropout(config))
         self.classifier = nn.Linear(config.hidden_size, config.num_labels, bias=head.classifier_bias(config))
+        self.certainty = CertaintyUnit(config.hidden_size) if config.exit_criterion == "learned" else None
 
     def pool(self, hidden: torch.Tensor, pooling: str, mask: torch.Tensor | None) -> torch.Tensor:
         """Vector that the classifier sees.

@@ -3,14 +3,17 @@
 import contextlib
 import logging as python_logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+_FILE_ARGUMENTS = ("use_safetensors", "variant")
 _MODEL_ARGUMENTS = ("attn_implementation", "dtype", "torch_dtype")
 
 
@@ -37,8 +40,11 @@ class LoadsPlainCheckpoints:
                 `PreTrainedModel.from_pretrained` takes.
 
         Raises:
-            ValueError: A checkpoint of another architecture; exit weights missing or left over; a bad field.
+            ValueError: A checkpoint of another architecture; exit weights missing, left over or of other layers;
+                weights of another size; a bad field.
+            OSError: Files that are missing or damaged. Only safetensors are read, unless `use_safetensors=False`.
         """
+        check_config(cls, config)
         path = pretrained_model_name_or_path
         if path is None:
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
@@ -48,7 +54,9 @@ class LoadsPlainCheckpoints:
             cls.architecture.model_type: cls._load_plain,
         }
         if model_type in loaders:
-            loaded = loaders[model_type](path, *model_args, config=config, **kwargs)
+            kwargs.setdefault("use_safetensors", True)
+            with _damage_named(path):
+                loaded = loaders[model_type](path, *model_args, config=config, **kwargs)
             (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze_if_disjoint()
             return loaded
         raise ValueError(
@@ -60,21 +68,25 @@ class LoadsPlainCheckpoints:
     @classmethod
     def _load_with_exits(cls, path: str | os.PathLike, *model_args: Any, config: Any, **kwargs: Any) -> Any:
         wants_info = kwargs.pop("output_loading_info", False)
+        saved = _config_dict(path, kwargs)
         model, info = super().from_pretrained(path, *model_args, config=config, output_loading_info=True, **kwargs)
-        _check_exit_weights(path, info)
+        _check_exits(path, info, saved.get("exit_layers"), model.config.exit_layers)
         model._exits_are_untrained = False
         return (model, info) if wants_info else model
 
     @classmethod
     def _load_plain(cls, path: str | os.PathLike, *model_args: Any, config: Any, **kwargs: Any) -> Any:
         hub_arguments = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
+        file_arguments = {name: kwargs.pop(name) for name in _FILE_ARGUMENTS if name in kwargs}
         model_arguments = {name: kwargs.pop(name) for name in _MODEL_ARGUMENTS if name in kwargs}
         if config is None:
             config, kwargs = cls._config_for_plain(path, hub_arguments, kwargs)
-        weights, dtype = _stock_weights(cls, path, config, {**hub_arguments, **model_arguments})
-        # The ordinary loading code places the weights and fills in what is new.
-        arguments = {**model_arguments, "dtype": dtype, **kwargs}
-        model = super().from_pretrained(None, *model_args, config=config, state_dict=weights, **arguments)
+        stock = _StockCheckpoint(cls, path, config, {**hub_arguments, **file_arguments, **model_arguments})
+        weights = stock.weights(may_differ=kwargs.get("ignore_mismatched_sizes", False))
+        # The ordinary loading code places the weights, fills in what is new and reports it.
+        arguments = {**model_arguments, "dtype": stock.dtype, **kwargs}
+        with _reports(lambda record: _name_path(record, path)):
+            model = super().from_pretrained(None, *model_args, config=config, state_dict=weights, **arguments)
         (model[0] if isinstance(model, tuple) else model).config._name_or_path = str(path)
         return model
 
@@ -93,85 +105,162 @@ class LoadsPlainCheckpoints:
 
 def checkpoint_model_type(path: str | os.PathLike, **kwargs: Any) -> str | None:
     """`model_type` in a checkpoint's own configuration file."""
-    hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-    return PreTrainedConfig.get_config_dict(path, **hub_arguments)[0].get("model_type")
+    return _config_dict(path, kwargs).get("model_type")
 
 
-def _check_exit_weights(path: str | os.PathLike, info: dict[str, Any]) -> None:
+def _config_dict(path: str | os.PathLike, arguments: dict[str, Any]) -> dict[str, Any]:
+    hub_arguments = {name: arguments[name] for name in _HUB_ARGUMENTS if name in arguments}
+    return PreTrainedConfig.get_config_dict(path, **hub_arguments)[0]
+
+
+def check_config(model_class: Any, config: Any) -> None:
+    """Raises `ValueError` for a plain configuration (never test its class: code from elsewhere has its own copy)."""
+    expected = model_class.config_class
+    if config is not None and config.model_type != expected.model_type:
+        raise ValueError(
+            f"{model_class.__name__} needs a {expected.__name__}, got a {type(config).__name__}. Make one with "
+            f"{expected.__name__}.from_plain(config, exit_layers=...), or give exit_layers=... instead of a "
+            "configuration."
+        )
+
+
+def _check_exits(path: str | os.PathLike, info: dict[str, Any], saved: list[int] | None, exits: list[int]) -> None:
     missing = sorted(key for key in info["missing_keys"] if key.startswith("exits."))
     surplus = sorted(key for key in info["unexpected_keys"] if key.startswith("exits."))
-    if missing or surplus:
-        raise ValueError(
-            f"the exits in {path} do not fit its configuration: missing {missing}, left over {surplus}. Load it with "
-            "the exit_layers that it was saved with, or start from the plain checkpoint to change them."
-        )
-
-
-def _stock_weights(
-    model_class: Any, path: str | os.PathLike, config: Any, arguments: dict[str, Any]
-) -> tuple[dict[str, torch.Tensor], torch.dtype]:
-    """A stock classifier's weights under the names that they have here, and their type."""
-    architecture = model_class.architecture
-    stock_class = architecture.stock("ForSequenceClassification")
-    with _quiet():
-        stock, info = stock_class.from_pretrained(
-            path, config=config.to_plain(), output_loading_info=True, **arguments
-        )
-        parts = _trained_parts(architecture, stock, info["missing_keys"])
-        if "dense" in architecture.head.sources and "dense" not in parts:
-            parts.update(_pretrained_pooler(architecture, path, config, arguments))
-    copies = {
-        f"exits.{index}.{part}.{name}": tensor.clone()
-        for index in range(len(config.exit_layers))
-        for part, tensors in parts.items()
-        for name, tensor in tensors.items()
-    }
-    with torch.device("meta"), no_init_weights():
-        names = model_class(config).state_dict().keys()
-    weights = {name: tensor for name, tensor in {**stock.state_dict(), **copies}.items() if name in names}
-    return weights, stock.dtype
-
-
-def _trained_parts(architecture: Any, stock: Any, missing: set[str]) -> dict[str, dict[str, torch.Tensor]]:
-    """Weights of the parts of the stock head that the checkpoint has, by part; every exit gets a copy."""
-    sources = dict(architecture.head.sources)
-    if architecture.final_norm is not None:
-        sources["final_norm"] = f"{stock.base_model_prefix}.{architecture.final_norm}"
-    parts = {part: stock.get_submodule(source).state_dict() for part, source in sources.items()}
-    return {
-        part: tensors
-        for part, tensors in parts.items()
-        if not any(f"{sources[part]}.{name}" in missing for name in tensors)
-    }
-
-
-def _pretrained_pooler(
-    architecture: Any, path: str | os.PathLike, config: Any, arguments: dict[str, Any]
-) -> dict[str, dict[str, torch.Tensor]]:
-    """The pooler of a backbone whose stock classifier leaves it out, if the checkpoint has one."""
-    pooler = architecture.pretrained_pooler
-    if pooler is None:
-        return {}
-    backbone_class = architecture.stock("Model")
-    backbone, info = backbone_class.from_pretrained(
-        path, config=config.to_plain(), output_loading_info=True, **arguments
+    if not missing and not surplus and saved in (None, exits):
+        return
+    raise ValueError(
+        f"the exits in {path} do not fit its configuration: exit_layers={exits}, saved with {saved}; missing "
+        f"{missing}, left over {surplus}. Load it with the exit_layers that it was saved with, or start from the plain "
+        "checkpoint to change them."
     )
-    tensors = backbone.get_submodule(pooler).state_dict()
-    is_new = any(f"{pooler}.{name}" in info["missing_keys"] for name in tensors)
-    return {} if is_new else {"dense": tensors}
+
+
+class _StockCheckpoint:
+    """A plain checkpoint, read by the stock classifier's own code.
+
+    Args:
+        model_class: The class with exits that is loaded.
+        path (`str` or `os.PathLike`): Hub name or folder.
+        config: Its configuration with exits.
+        arguments (`dict`): Of `from_pretrained`, about files and types.
+    """
+
+    def __init__(self, model_class: Any, path: str | os.PathLike, config: Any, arguments: dict[str, Any]):
+        self.model_class = model_class
+        self.architecture = model_class.architecture
+        self.path = path
+        self.config = config
+        # The report of this load is kept quiet: its weights are loaded once more, with their final names.
+        self.arguments = {"config": config.to_plain(), "output_loading_info": True, **arguments}
+        with _reports(_is_error):
+            self.model, self.info = self.architecture.stock("ForSequenceClassification").from_pretrained(
+                path, ignore_mismatched_sizes=True, **self.arguments
+            )
+        self.resized = {key: shapes for key, *shapes in self.info["mismatched_keys"]}
+        self.new = {*self.info["missing_keys"], *self.resized}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return self.model.dtype
+
+    def weights(self, may_differ: bool) -> dict[str, torch.Tensor]:
+        """The checkpoint's weights under the names that they have with exits; what it has not is left out.
+
+        Args:
+            may_differ (`bool`): Whether to leave out, too, what has another size than the configuration says.
+
+        Raises:
+            ValueError: Something has another size.
+        """
+        if self.resized and not may_differ:
+            raise ValueError(
+                f"weights in {self.path} have other sizes than its configuration asks for: "
+                f"{_as_text(self.resized)}. Give the num_labels (or other sizes) that it was saved with, or "
+                "ignore_mismatched_sizes=True to start these weights anew."
+            )
+        copies = {
+            f"exits.{index}.{part}.{name}": tensor.clone()
+            for index in range(len(self.config.exit_layers))
+            for part, tensors in self._head_parts().items()
+            for name, tensor in tensors.items()
+        }
+        with torch.device("meta"), no_init_weights():
+            names = self.model_class(self.config).state_dict().keys()
+        own = {key: tensor for key, tensor in self.model.state_dict().items() if key not in self.new}
+        return {name: tensor for name, tensor in {**own, **copies}.items() if name in names}
+
+    def _head_parts(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Weights of the parts of the stock head that the checkpoint has, by part; every exit gets a copy."""
+        sources = dict(self.architecture.head.sources)
+        if self.architecture.final_norm is not None:
+            sources["final_norm"] = f"{self.model.base_model_prefix}.{self.architecture.final_norm}"
+        parts = {part: self.model.get_submodule(source).state_dict() for part, source in sources.items()}
+        known = {
+            part: tensors
+            for part, tensors in parts.items()
+            if not any(f"{sources[part]}.{name}" in self.new for name in tensors)
+        }
+        if "dense" in sources and "dense" not in known:
+            known.update(self._pretrained_pooler())
+        return known
+
+    def _pretrained_pooler(self) -> dict[str, dict[str, torch.Tensor]]:
+        """The pooler of a backbone whose stock classifier leaves it out, if the checkpoint has one."""
+        pooler = self.architecture.pretrained_pooler
+        if pooler is None:
+            return {}
+        with _reports(_is_error):
+            backbone, info = self.architecture.stock("Model").from_pretrained(
+                self.path, ignore_mismatched_sizes=True, **self.arguments
+            )
+        tensors = backbone.get_submodule(pooler).state_dict()
+        is_new = any(f"{pooler}.{name}" in info["missing_keys"] for name in tensors)
+        return {} if is_new else {"dense": tensors}
+
+
+def _as_text(resized: dict[str, list[Any]]) -> str:
+    return ", ".join(f"{key} {tuple(there)} instead of {tuple(here)}" for key, (there, here) in resized.items())
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps the report of a load whose weights are loaded once more, with their final names, to itself."""
+def _damage_named(path: str | os.PathLike) -> Iterator[None]:
+    """Says which checkpoint cannot be read; safetensors does not."""
+    try:
+        yield
+    except SafetensorError as error:
+        files = sorted(file.name for file in Path(path).glob("*.safetensors") if not _is_readable(file))
+        raise OSError(
+            f"the weights in {path} ({', '.join(files) or 'model.safetensors'}) are truncated or damaged: {error}. "
+            "Copy or download them again (force_download=True)."
+        ) from error
 
-    def is_error(record: python_logging.LogRecord) -> bool:
-        return record.levelno >= python_logging.ERROR
 
-    # Not the logger's level: transformers decides by it what to check.
+def _is_readable(file: Path) -> bool:
+    try:
+        with safe_open(file, framework="pt"):
+            return True
+    except SafetensorError:
+        return False
+
+
+def _is_error(record: python_logging.LogRecord) -> bool:
+    return record.levelno >= python_logging.ERROR
+
+
+def _name_path(record: python_logging.LogRecord, path: str | os.PathLike) -> bool:
+    """Completes the report of a load from weights in memory, which knows of no path."""
+    record.msg = str(record.msg).replace("from: None\n", f"from: {path}\n")
+    return True
+
+
+@contextlib.contextmanager
+def _reports(keep: Callable[[python_logging.LogRecord], bool]) -> Iterator[None]:
+    """Filters what loading reports. Its logger's level stays: transformers decides by it what to check."""
     reporter = python_logging.getLogger("transformers.modeling_utils")
-    reporter.addFilter(is_error)
+    reporter.addFilter(keep)
     try:
         yield
     finally:
-        reporter.removeFilter(is_error)
+        reporter.removeFilter(keep)

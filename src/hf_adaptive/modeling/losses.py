@@ -1,5 +1,7 @@
 """The loss of a classifier with exits, and the checks of its labels."""
 
+from typing import Any
+
 import torch
 from transformers.loss.loss_utils import ForSequenceClassificationLoss
 
@@ -30,6 +32,33 @@ def exits_loss(exit_logits: torch.Tensor, labels: torch.Tensor, config) -> torch
     weights = config.exit_loss_weights or [1.0] * exit_logits.shape[1]
     losses = [weight * answer_loss(exit_logits[:, index], labels, config) for index, weight in enumerate(weights)]
     return torch.stack(losses).sum()
+
+
+def certainty_loss(
+    exit_logits: torch.Tensor, certainty: torch.Tensor, labels: torch.Tensor, config: Any
+) -> torch.Tensor:
+    """Sum over the exits of the mean squared error between certainty and being right (BERxiT, section 4).
+
+    Args:
+        exit_logits (`torch.Tensor` of shape `(batch, exits, labels)`): Scores of every exit.
+        certainty (`torch.Tensor` of shape `(batch, exits)`): Of the exits' learned units.
+        labels (`torch.Tensor` of shape `(batch,)` or `(batch, labels)`): By problem type.
+        config: The model's configuration.
+
+    Returns:
+        `torch.Tensor`: A scalar.
+    """
+    labels = labels.to(exit_logits.device)
+    if problem_type(config) == "multi_label_classification":
+        is_right = ((exit_logits > 0) == labels.bool().unsqueeze(1)).all(dim=-1)
+        counts = torch.ones(len(exit_logits), device=exit_logits.device)
+    else:
+        is_right = exit_logits.argmax(dim=-1) == labels.view(-1, 1)
+        counts = (labels.view(-1) != -100).to(certainty.dtype)
+    error = (certainty - is_right.to(certainty.dtype)) ** 2
+    per_exit = (error * counts.unsqueeze(1)).sum(dim=0) / counts.sum().clamp(min=1)
+    weights = config.exit_loss_weights or [1.0] * len(per_exit)
+    return (per_exit * per_exit.new_tensor(weights)).sum()
 
 
 def answer_loss(logits: torch.Tensor, labels: torch.Tensor, config) -> torch.Tensor:

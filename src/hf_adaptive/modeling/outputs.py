@@ -20,6 +20,8 @@ class SequenceClassifierWithExitsOutput(ModelOutput):
             Scores of every exit, divided by its temperature; NaN where a row had left before.
         exit_index (`torch.LongTensor` of shape `(batch,)`):
             The exit that each row took, an index into `config.exit_layers`.
+        exit_certainty (`torch.Tensor` of shape `(batch, exits)`, *optional*):
+            With `exit_criterion="learned"`: how sure each exit is to be right, 0 to 1; NaN where it was not reached.
         hidden_states (`tuple` of `torch.Tensor` of shape `(batch, length, hidden)`, *optional*):
             Embeddings and the output of every layer, as the backbone returns them.
         attentions (`tuple` of `torch.Tensor` of shape `(batch, heads, length, length)`, *optional*):
@@ -30,6 +32,7 @@ class SequenceClassifierWithExitsOutput(ModelOutput):
     logits: torch.Tensor | None = None
     exit_logits: torch.Tensor | None = None
     exit_index: torch.Tensor | None = None
+    exit_certainty: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
 

@@ -1,7 +1,7 @@
 """PAPA models: encoders with constant attention heads, and the papers' probe over all their layers (Hassid et al.,
 Findings of EMNLP 2022, arXiv 2211.03495).
 
-For every architecture in `ARCHITECTURES` this module has `Papa<Name>Config` and
+For every architecture in `PAPA_ARCHITECTURES` this module has `Papa<Name>Config` and
 `Papa<Name>ForSequenceClassification`, `…ForTokenClassification` and `…ForMaskedLM`. The classes are made when they
 are first asked for, so that a checkpoint loaded without this package imports the code of its own architecture only.
 """
@@ -28,6 +28,8 @@ from .constant_attention import (
     install_constant_heads,
     select_heads,
 )
+from .loading import checkpoint_model_type
+from .saving import SavesWhole
 
 logger = logging.get_logger(__name__)
 
@@ -35,7 +37,7 @@ TRAINABLE_PARTS = ("probe", "constants", "all")
 
 
 @dataclass(frozen=True)
-class Architecture:
+class PapaArchitecture:
     """What is needed to build the PAPA models of one architecture.
 
     Args:
@@ -63,10 +65,10 @@ class Architecture:
         return config.hidden_dropout_prob if dropout is None else dropout
 
 
-ARCHITECTURES = {
-    "bert": Architecture("Bert", drops_pooler=True, dropout_field="classifier_dropout"),
-    "roberta": Architecture("Roberta", drops_pooler=True, dropout_field=None),
-    "deberta": Architecture("Deberta", drops_pooler=False, dropout_field="cls_dropout"),
+PAPA_ARCHITECTURES = {
+    "bert": PapaArchitecture("Bert", drops_pooler=True, dropout_field="classifier_dropout"),
+    "roberta": PapaArchitecture("Roberta", drops_pooler=True, dropout_field=None),
+    "deberta": PapaArchitecture("Deberta", drops_pooler=False, dropout_field="cls_dropout"),
 }
 
 
@@ -105,14 +107,14 @@ def check_trainable_part(part: str) -> None:
         raise ValueError(f"trainable_part must be one of {', '.join(map(repr, TRAINABLE_PARTS))}, got {part!r}.")
 
 
-class PapaPreTrainedMixin:
-    """Loading, converting and initialising, the same for all tasks.
+class PapaPreTrainedMixin(SavesWhole):
+    """Loading, converting, saving and initialising, the same for all tasks.
 
     Attributes:
         architecture: Set on every class made from this one.
     """
 
-    architecture: Architecture
+    architecture: PapaArchitecture
     # Each forward takes keyword arguments for the backbone, none of which may reach the loss (transformers#47688).
     accepts_loss_kwargs = False
 
@@ -160,13 +162,12 @@ class PapaPreTrainedMixin:
 
     @classmethod
     def _is_plain(cls, path: str | os.PathLike, kwargs: dict[str, Any]) -> bool:
-        config, _ = PreTrainedConfig.get_config_dict(path, **kwargs)
         own, plain = cls.config_class.model_type, cls.architecture.stock("Config").model_type
-        model_type = config.get("model_type")
+        model_type = checkpoint_model_type(path, **kwargs)
         if model_type not in (own, plain):
             raise ValueError(
                 f"{cls.__name__} loads checkpoints of type {plain!r} and {own!r}, but {path} is of type "
-                f"{model_type!r}. PAPA supports {', '.join(ARCHITECTURES)}."
+                f"{model_type!r}. PAPA supports {', '.join(PAPA_ARCHITECTURES)}."
             )
         return model_type == plain
 
@@ -228,6 +229,9 @@ class PapaPreTrainedMixin:
 
     def freeze_backbone(self) -> None:
         """Freezes what `config.trainable_part` leaves out. Nothing here: only the probes leave something out."""
+
+    def _announce_backbone(self) -> None:
+        """Nothing: `AutoModel` has no backbone class for these checkpoints."""
 
 
 def _selected_heads(
@@ -478,7 +482,9 @@ _TASKS = {
 }
 
 __all__ = [
-    f"Papa{architecture.prefix}{suffix}" for architecture in ARCHITECTURES.values() for suffix in ("Config", *_TASKS)
+    f"Papa{architecture.prefix}{suffix}"
+    for architecture in PAPA_ARCHITECTURES.values()
+    for suffix in ("Config", *_TASKS)
 ]
 
 
@@ -486,13 +492,13 @@ def __getattr__(name: str) -> type:
     """Makes the configuration or model class `name` on first use."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    base, architecture = next(item for item in ARCHITECTURES.items() if name.startswith(f"Papa{item[1].prefix}"))
+    base, architecture = next(item for item in PAPA_ARCHITECTURES.items() if name.startswith(f"Papa{item[1].prefix}"))
     suffix = name.removeprefix(f"Papa{architecture.prefix}")
     made = _config_class(name, base, architecture) if suffix == "Config" else _model_class(name, suffix, architecture)
     return globals().setdefault(name, made)
 
 
-def _config_class(name: str, base: str, architecture: Architecture) -> type[PreTrainedConfig]:
+def _config_class(name: str, base: str, architecture: PapaArchitecture) -> type[PreTrainedConfig]:
     stock = architecture.stock("Config")
     fields = {
         "model_type": f"papa-{base}",
@@ -502,7 +508,7 @@ def _config_class(name: str, base: str, architecture: Architecture) -> type[PreT
     return type(name, (PapaConfigFields, stock), fields)
 
 
-def _model_class(name: str, suffix: str, architecture: Architecture) -> type[PreTrainedModel]:
+def _model_class(name: str, suffix: str, architecture: PapaArchitecture) -> type[PreTrainedModel]:
     task = _TASKS[suffix]
     stock = architecture.stock("PreTrainedModel" if issubclass(task, PapaProbeMixin) else suffix)
     fields = {
@@ -517,7 +523,7 @@ def _model_class(name: str, suffix: str, architecture: Architecture) -> type[Pre
 def register() -> None:
     """Registers all PAPA classes with the Auto classes of transformers, and marks them to be saved with their code."""
     this_module = sys.modules[__name__]
-    for architecture in ARCHITECTURES.values():
+    for architecture in PAPA_ARCHITECTURES.values():
         config_class = getattr(this_module, f"Papa{architecture.prefix}Config")
         transformers.AutoConfig.register(config_class.model_type, config_class)
         config_class.register_for_auto_class()

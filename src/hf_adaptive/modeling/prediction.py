@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from .answers import Answers, Leaving
+from .answers import Answers, ExitAnswer, Leaving
 from .criteria import Policy
 from .inputs import BackboneInputs
 from .layers import Progress
@@ -127,8 +127,10 @@ class PredictsDatasets:
             answers = StagedRun(self, batches, policy, bar).run()
         index = answers.exit_index.cpu()
         logits = answers.logits.cpu()
+        certainty = None if answers.certainty is None else answers.certainty.cpu()
+        answers = Answers(logits, index, certainty)
         return SequenceClassifierWithExitsOutput(
-            logits=logits[torch.arange(len(logits)), index], exit_logits=logits, exit_index=index
+            logits=answers.taken, exit_logits=logits, exit_index=index, exit_certainty=certainty
         )
 
     def _padding_values(self) -> dict[str, int]:
@@ -226,7 +228,11 @@ class StagedRun:
 
     def _run_whole(self, places: torch.Tensor, inputs: BackboneInputs) -> None:
         answers, _ = self.model._run_everything(inputs, {})
-        self._answers(answers.logits[:, 0]).logits[places] = answers.logits
+        if self.answers is None:
+            exits = answers.logits.shape[1]
+            certainty = None if answers.certainty is None else answers.certainty[:, 0]
+            self.answers = Answers.none_yet(len(self.batches), exits, ExitAnswer(answers.logits[:, 0], certainty))
+        self.answers.note(places, slice(None), ExitAnswer(answers.logits, answers.certainty))
         self.bar.update(len(places))
 
     def _run_queues(self, least: int) -> None:
@@ -250,8 +256,3 @@ class StagedRun:
         self.output_length = progress.output_length
         self.bar.update(len(places) - len(leaving.rows))
         self.queues[progress.depth].put(_Rows(leaving.rows, leaving.inputs, hidden))
-
-    def _answers(self, like: torch.Tensor) -> Answers:
-        if self.answers is None:
-            self.answers = Answers.none_yet(len(self.batches), len(self.model.config.exit_layers), like)
-        return self.answers

@@ -1,0 +1,5 @@
+"""Reports, curves, calibration and plots."""
+
+from .report import CurvePoint, ExitReport, evaluate_exits
+
+__all__ = ["CurvePoint", "ExitReport", "evaluate_exits"]

@@ -1,0 +1,74 @@
+"""Scores of answers, by problem type or by a metric of the user's."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+Metric = Callable[..., float | Mapping[str, float]]
+
+LABEL_COLUMNS = ("labels", "label")
+
+
+def accuracy(predictions: np.ndarray, references: np.ndarray) -> float:
+    """Share of the examples answered right; with several labels at once, all of them."""
+    right = predictions == references
+    return float(right.reshape(len(right), -1).all(axis=1).mean())
+
+
+def pearson(predictions: np.ndarray, references: np.ndarray) -> float:
+    """Pearson's correlation; NaN if either side is constant."""
+    if np.ptp(predictions) == 0 or np.ptp(references) == 0:
+        return float("nan")
+    return float(np.corrcoef(predictions.ravel(), references.ravel())[0, 1])
+
+
+def default_metric(problem_type: str) -> Metric:
+    """Accuracy; Pearson's correlation for regression."""
+    return pearson if problem_type == "regression" else accuracy
+
+
+def metric_name(metric: Metric) -> str:
+    """The function's name, or its class's for an object such as a bound `evaluate` metric."""
+    owner = getattr(metric, "__self__", None)
+    return metric.__name__ if owner is None else str(getattr(owner, "name", type(owner).__name__))
+
+
+def answers_of(logits: torch.Tensor, problem_type: str) -> np.ndarray:
+    """What the scores say.
+
+    Args:
+        logits (`torch.Tensor` of shape `(examples, labels)`): Scores.
+        problem_type (`str`): As in the configuration.
+
+    Returns:
+        `np.ndarray`: Class indexes `(examples,)`; 0/1 `(examples, labels)`; or numbers `(examples,)`.
+    """
+    if problem_type == "single_label_classification":
+        return logits.argmax(dim=-1).numpy()
+    if problem_type == "multi_label_classification":
+        return (logits > 0).long().numpy()
+    return logits.float().squeeze(-1).numpy()
+
+
+def score(metric: Metric, logits: torch.Tensor, labels: np.ndarray, problem_type: str) -> float:
+    """A metric of the answers that some scores give; a dict's first value counts."""
+    value = metric(predictions=answers_of(logits, problem_type), references=labels)
+    return float(next(iter(value.values())) if isinstance(value, Mapping) else value)
+
+
+def label_array(dataset: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """The labels of a data set.
+
+    Raises:
+        ValueError: There are no examples, or they have no labels.
+    """
+    if len(dataset) == 0:
+        raise ValueError("the data set is empty: give at least one example.")
+    name = next((name for name in LABEL_COLUMNS if name in dataset[0]), None)
+    if name is None:
+        raise ValueError(
+            f"the examples have no labels: expected a column {' or '.join(LABEL_COLUMNS)}, got {sorted(dataset[0])}."
+        )
+    return np.array([np.asarray(example[name]) for example in dataset])

@@ -1,0 +1,5 @@
+"""Training with `Trainer`."""
+
+from .trainer import ExitsTrainer
+
+__all__ = ["ExitsTrainer"]

@@ -1,0 +1,142 @@
+"""`ExitsTrainer`: what a plain `Trainer` does right already, and what it cannot know of exits."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import EvalPrediction, Trainer
+from transformers.utils import logging
+
+from ..evaluation.metrics import answers_of, default_metric
+from ..evaluation.report import ExitReport, evaluate_exits
+from ..modeling.losses import problem_type
+
+logger = logging.get_logger(__name__)
+
+REPORT_FILE = "exit_report.json"
+PLOT_FILE = "exits.png"
+
+
+class ExitsTrainer(Trainer):
+    """A `Trainer` that scores every exit at each evaluation, and ends with the speed–accuracy curve and a model card.
+
+    `compute_metrics` is called as in `Trainer`, once with each exit's predictions; the last exit's scores keep their
+    names (`eval_accuracy`), the others are told apart by their layer (`eval_layer_4_accuracy`). Without it, accuracy
+    is used (Pearson's correlation for regression). Label smoothing applies to the loss of every exit.
+
+    Raises:
+        ValueError: `batch_eval_metrics`, or label smoothing of a problem that is not single-label classification.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if self.args.batch_eval_metrics:
+            raise ValueError("batch_eval_metrics=True is not supported by ExitsTrainer: leave it out.")
+        self._metrics_of_one_exit = self.compute_metrics or self._default_metrics
+        self.compute_metrics = self._metrics_of_every_exit
+        self.report: ExitReport | None = None
+
+    # Loss
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The model's own loss; with label smoothing, the weighted sum of every exit's smoothed loss."""
+        if self.label_smoother is None or self.compute_loss_func is not None or "labels" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = model(**inputs)
+        loss = self._smoothed_loss(outputs.exit_logits, inputs["labels"])
+        return (loss, outputs) if return_outputs else loss
+
+    def _smoothed_loss(self, exit_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        config = self._exits_model.config
+        if problem_type(config) != "single_label_classification":
+            raise ValueError(
+                f"label_smoothing_factor has no meaning for problem_type={config.problem_type!r}: set it to 0."
+            )
+        weights = config.exit_loss_weights or [1.0] * exit_logits.shape[1]
+        logits = exit_logits.unbind(dim=1)
+        losses = [weight * self.label_smoother({"logits": one}, labels) for weight, one in zip(weights, logits)]
+        return torch.stack(losses).sum()
+
+    # Evaluation
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Scores of every exit, each on all examples; thresholds play no part (see `evaluate_exits` for them)."""
+        if ignore_keys is None:
+            ignore_keys = [key for key in self._exits_model.config.keys_to_ignore_at_inference if key != "exit_logits"]
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> Any:
+        """Runs every exit where their scores are wanted."""
+        if ignore_keys is not None and "exit_logits" not in ignore_keys:
+            nothing_leaves = [None] * (len(self._exits_model.config.exit_layers) - 1)
+            inputs = {**inputs, "exit_thresholds": nothing_leaves}
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    def _metrics_of_every_exit(self, prediction: EvalPrediction) -> dict[str, float]:
+        if not isinstance(prediction.predictions, tuple):
+            return dict(self._metrics_of_one_exit(prediction))
+        _, exit_logits = prediction.predictions
+        layers = self._exits_model.config.exit_layers
+        scores = [
+            self._metrics_of_one_exit(EvalPrediction(exit_logits[:, index], prediction.label_ids))
+            for index in range(len(layers))
+        ]
+        earlier = {
+            f"layer_{layer}_{name}": value
+            for layer, score in zip(layers[:-1], scores)
+            for name, value in score.items()
+        }
+        return {**earlier, **scores[-1]}
+
+    def _default_metrics(self, prediction: EvalPrediction) -> Mapping[str, float]:
+        kind = problem_type(self._exits_model.config)
+        metric = default_metric(kind)
+        answers = answers_of(torch.as_tensor(prediction.predictions), kind)
+        return {metric.__name__: metric(predictions=answers, references=prediction.label_ids)}
+
+    # Report and card
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains; then, where there is evaluation data, writes the report, its plot and the model card."""
+        output = super().train(*args, **kwargs)
+        if self.eval_dataset is not None and not isinstance(self.eval_dataset, dict) and self.is_world_process_zero():
+            self.write_report()
+        return output
+
+    def write_report(self, dataset: Any = None, **kwargs: Any) -> ExitReport:
+        """Measures the trade-off and writes `exit_report.json`, `exits.png` and the card into the output folder.
+
+        Args:
+            dataset (*optional*): Tokenised examples with labels; defaults to the evaluation data.
+            **kwargs: As in `evaluate_exits`.
+        """
+        dataset = self.eval_dataset if dataset is None else dataset
+        arguments = {"batch_size": self.args.per_device_eval_batch_size, "show_progress": not self.args.disable_tqdm}
+        self.report = evaluate_exits(self._exits_model, dataset, **{**arguments, **kwargs})
+        folder = Path(self.args.output_dir)
+        self.report.to_json(folder / REPORT_FILE)
+        self.report.plot(folder / PLOT_FILE)
+        # card
+        return self.report
+
+    @property
+    def _exits_model(self) -> Any:
+        return self.accelerator.unwrap_model(self.model)
