@@ -48,17 +48,17 @@ def under(prefix: str, stored: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 
 
 def class_of(family: str, suffix: str) -> type:
-    return getattr(papa, f"Papa{papa.ARCHITECTURES[family].prefix}{suffix}")
+    return getattr(papa, f"Papa{papa.PAPA_ARCHITECTURES[family].prefix}{suffix}")
 
 
 def stock_class_of(family: str, suffix: str) -> type:
-    return papa.ARCHITECTURES[family].stock(suffix)
+    return papa.PAPA_ARCHITECTURES[family].stock(suffix)
 
 
 def stock_backbone(family: str, state: str = "state_dict") -> PreTrainedModel:
     """The plain backbone with the reference's weights."""
     config = transformers.AutoConfig.for_model(family, **results(family)["config"], attn_implementation="eager")
-    backbone = stock_class_of(family, "Model")(config, **papa.ARCHITECTURES[family].backbone_kwargs())
+    backbone = stock_class_of(family, "Model")(config, **papa.PAPA_ARCHITECTURES[family].backbone_kwargs())
     weights = {
         name: weight
         for name, weight in under(f"{family}.", tensors(f"{family}/{state}")).items()

@@ -28,7 +28,7 @@ def backbone(family, *, heads=HEADS, dropout=0.0, attn_implementation="eager", s
     fields = {**golden.results(family)["config"], "attention_probs_dropout_prob": dropout}
     config = transformers.AutoConfig.for_model(family, **fields, attn_implementation=attn_implementation)
     with torch.device(device):
-        model = golden.stock_class_of(family, "Model")(config, **papa.ARCHITECTURES[family].backbone_kwargs())
+        model = golden.stock_class_of(family, "Model")(config, **papa.PAPA_ARCHITECTURES[family].backbone_kwargs())
     config.constant_heads, config.constant_length = heads, golden.LENGTH
     constants = torch.rand(6, 4, golden.LENGTH, golden.LENGTH) if device == "cpu" else None
     install_constant_heads(model, config, constants)
