@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 from .modeling.architectures import ARCHITECTURES, make_class, supported_architecture
-from .modeling.loading import checkpoint_model_type
+from .modeling.loading import check_config, checkpoint_model_type
 
 
 class AutoModelForSequenceClassificationWithExits:
@@ -43,9 +43,11 @@ class AutoModelForSequenceClassificationWithExits:
             config: A configuration with exits.
 
         Raises:
-            ValueError: An architecture that is not supported.
+            ValueError: An architecture that is not supported, or a configuration without exits.
         """
-        return _class_for(config.model_type)._from_config(config, **kwargs)
+        model_class = _class_for(config.model_type)
+        check_config(model_class, config)
+        return model_class._from_config(config, **kwargs)
 
 
 def _class_for(model_type: str | None) -> Any:

@@ -131,8 +131,8 @@ def _check_exits(path: str | os.PathLike, info: dict[str, Any], saved: list[int]
         return
     raise ValueError(
         f"the exits in {path} do not fit its configuration: exit_layers={exits}, saved with {saved}; missing "
-        f"{missing}, left over {surplus}. Load it with the exit_layers that it was saved with, or start from the plain "
-        "checkpoint to change them."
+        f"{missing}, left over {surplus}. Load it with the exit_layers that it was saved with, or start from the "
+        "plain checkpoint to change them."
     )
 
 
@@ -180,10 +180,11 @@ class _StockCheckpoint:
                 f"{_as_text(self.resized)}. Give the num_labels (or other sizes) that it was saved with, or "
                 "ignore_mismatched_sizes=True to start these weights anew."
             )
+        parts = self._head_parts()
         copies = {
             f"exits.{index}.{part}.{name}": tensor.clone()
             for index in range(len(self.config.exit_layers))
-            for part, tensors in self._head_parts().items()
+            for part, tensors in parts.items()
             for name, tensor in tensors.items()
         }
         with torch.device("meta"), no_init_weights():
