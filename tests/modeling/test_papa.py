@@ -309,6 +309,10 @@ FRESH_PROCESS = """
     assert "hf_adaptive" not in sys.modules
     assert "transformers.models.deberta.modeling_deberta" not in sys.modules
     assert torch.equal(model(**inputs).logits, load_file(sys.argv[3])["logits"])
+    # The code travels on with a copy of the copy.
+    model.save_pretrained(sys.argv[1] + "-again")
+    again = AutoModelForSequenceClassification.from_pretrained(sys.argv[1] + "-again", trust_remote_code=True)
+    assert torch.equal(again(**inputs).logits, model(**inputs).logits)
     print(type(model).__name__)
 """
 

@@ -409,6 +409,6 @@ def _inverse_row_sums(constants: torch.Tensor, length: int, real: torch.Tensor |
         sums = magnitude.sum(-1).t().unsqueeze(0)
         attends = sums > _MINIMUM_ROW_SUM
     else:
-        sums = torch.einsum("hqk,bk->bqh", magnitude, real.to(magnitude.dtype))
+        sums = (magnitude @ real.to(magnitude.dtype).t()).permute(2, 1, 0)
         attends = (sums > _MINIMUM_ROW_SUM) & real.unsqueeze(-1)
     return attends / sums.clamp(min=_MINIMUM_ROW_SUM)
