@@ -1,9 +1,14 @@
 """Checkpoints written whole or not at all."""
 
+import contextlib
 import os
+import re
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 
 class SavesWhole:
@@ -29,19 +34,23 @@ class SavesWhole:
             **kwargs: As in `PreTrainedModel.save_pretrained`.
 
         Raises:
-            OSError: The folder cannot be written.
+            OSError: The folder cannot be written; it names the folder.
         """
-        if push_to_hub:
-            kwargs["repo_id"] = kwargs.get("repo_id") or Path(save_directory).name
         self._announce_backbone()
         target = Path(save_directory)
         if not is_main_process:
             super().save_pretrained(target, is_main_process=False, state_dict=state_dict, **kwargs)
             return
-        target.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target, prefix=".incomplete-") as draft:
-            super().save_pretrained(draft, state_dict=state_dict, push_to_hub=push_to_hub, **kwargs)
-            _move_files(Path(draft), target)
+        with _failure_named(target):
+            target.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=target, prefix=".incomplete-") as draft:
+                super().save_pretrained(draft, state_dict=_copied(state_dict), **kwargs)
+                _move_files(Path(draft), target, kwargs.get("variant"))
+        if push_to_hub:
+            # After the move: what cannot be pushed is at least saved.
+            kwargs["repo_id"] = kwargs.get("repo_id") or target.name
+            with tempfile.TemporaryDirectory() as draft:
+                super().save_pretrained(draft, state_dict=_copied(state_dict), push_to_hub=True, **kwargs)
 
     def _announce_backbone(self) -> None:
         """Names the class that `AutoModel` loads elsewhere from this checkpoint."""
@@ -51,16 +60,34 @@ class SavesWhole:
             self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **names}
 
 
-def _move_files(source: Path, target: Path) -> None:
+def _copied(state_dict: dict[str, Any] | None) -> dict[str, Any] | None:
+    """`save_pretrained` empties the one that it is given."""
+    return None if state_dict is None else dict(state_dict)
+
+
+@contextlib.contextmanager
+def _failure_named(target: Path) -> Iterator[None]:
+    """Says what could not be saved where; safetensors and a full disk do not."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"could not save to {target}, which is as it was: {error}") from error
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}; could not save, left as it was", str(target)) from error
+
+
+def _move_files(source: Path, target: Path, variant: str | None) -> None:
     """Moves every file; the configuration last, because a folder without one cannot be loaded by mistake."""
     names = sorted((path.name for path in source.iterdir()), key=lambda name: name == "config.json")
-    _remove_stale_shards(target, names)
+    _remove_stale_weights(target, names, variant)
     for name in names:
         os.replace(source / name, target / name)
 
 
-def _remove_stale_shards(target: Path, names: list[str]) -> None:
+def _remove_stale_weights(target: Path, names: list[str], variant: str | None) -> None:
     """Removes weights of an earlier save that this one does not overwrite: loading would prefer or mix them."""
-    for stale in target.glob("model*.safetensors*"):
-        if stale.name not in names:
-            stale.unlink()
+    infix = "" if variant is None else re.escape(f".{variant}")
+    ours = re.compile(rf"model{infix}(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index{infix}\.json")
+    for path in target.iterdir():
+        if ours.fullmatch(path.name) and path.name not in names:
+            path.unlink()
