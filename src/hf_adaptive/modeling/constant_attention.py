@@ -10,12 +10,18 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
+
+if TYPE_CHECKING:
+    # Mixed into classes of transformers, which have what the mixins use.
+    StockClass = Any
+else:
+    StockClass = object
 
 _MINIMUM_ROW_SUM = 1e-12
 
@@ -34,7 +40,7 @@ class AttentionLayout:
     fused_projection: bool
     additive_mask: bool
 
-    def value_projection(self, attention: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    def value_projection(self, attention: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """What makes the values of all heads: weight `(heads, head_size, hidden)` and bias `(heads, head_size)`."""
         heads = attention.num_attention_heads
         if not self.fused_projection:
@@ -153,15 +159,13 @@ def _first_fraction(
             f"constant_heads={fraction} does not say which heads. Pass head_ranking=…, the order that rank_heads "
             "found, or a list of [layer, head] pairs."
         )
-    ranking = [list(pair) for pair in ranking]
-    if sorted(ranking) != every_head:
-        raise ValueError(
-            f"head_ranking must name each of the {len(every_head)} heads once, got {len(ranking)} entries."
-        )
-    return sorted(ranking[: int(fraction * len(ranking))])
+    order = [list(pair) for pair in ranking]
+    if sorted(order) != every_head:
+        raise ValueError(f"head_ranking must name each of the {len(every_head)} heads once, got {len(order)} entries.")
+    return sorted(order[: int(fraction * len(order))])
 
 
-def attention_layout(backbone: PreTrainedModel) -> AttentionLayout:
+def attention_layout(backbone: Any) -> AttentionLayout:
     """The layout of a backbone's self-attention; a ValueError if constant heads do not support the architecture."""
     names = [base.__name__ for base in type(backbone).__mro__ if base.__name__ in SUPPORTED_BACKBONES]
     if not names:
@@ -175,7 +179,7 @@ def attention_layout(backbone: PreTrainedModel) -> AttentionLayout:
     return SUPPORTED_BACKBONES[names[0]]
 
 
-def self_attentions(backbone: PreTrainedModel) -> list[nn.Module]:
+def self_attentions(backbone: Any) -> list[Any]:
     """The self-attention module of every layer."""
     return [layer.attention.self for layer in backbone.encoder.layer]
 
@@ -246,7 +250,7 @@ def initialize_constants(module: nn.Module) -> None:
 
 
 def make_heads_constant(
-    attention: nn.Module, heads: list[int], length: int, layout: AttentionLayout, config: PreTrainedConfig
+    attention: Any, heads: list[int], length: int, layout: AttentionLayout, config: PreTrainedConfig
 ) -> None:
     """Gives one self-attention module constant heads, in place; they attend uniformly at first."""
     num_heads = attention.num_attention_heads
@@ -263,10 +267,11 @@ def make_heads_constant(
     attention.config = config
     # As torch.nn.utils.parametrize does: the module stays an instance of its stock class, by which transformers
     # recognises where attentions are recorded and how weights are initialised.
-    attention.__class__ = _with_constant_heads(type(attention))
+    stock_class: Any = type(attention)
+    attention.__class__ = _with_constant_heads(stock_class)
 
 
-def keep_heads(attention: nn.Module, heads: list[int]) -> None:
+def keep_heads(attention: Any, heads: list[int]) -> None:
     """Prunes every parameter of a stock self-attention module to the rows of `heads`, in place."""
     num_heads = attention.num_attention_heads
     for module in attention.modules():
@@ -280,11 +285,11 @@ def keep_heads(attention: nn.Module, heads: list[int]) -> None:
 
 
 @cache
-def _with_constant_heads(stock_class: type[nn.Module]) -> type[nn.Module]:
+def _with_constant_heads(stock_class: Any) -> Any:
     return type(f"{stock_class.__name__}WithConstantHeads", (ConstantHeadsMixin, stock_class), {})
 
 
-class ConstantHeadsMixin:
+class ConstantHeadsMixin(StockClass):
     """Self-attention some of whose heads are constant; `make_heads_constant` puts it over a stock module.
 
     Attributes:
@@ -319,7 +324,7 @@ class ConstantHeadsMixin:
             if real is not None:
                 dynamic_context = dynamic_context * real[:, :, None, None]
             context = self._merge(dynamic_context, context, dim=2)
-            if output_attentions:
+            if attentions is not None:
                 if real is not None:
                     dynamic_attentions = dynamic_attentions * real[:, None, :, None]
                 attentions = self._merge(dynamic_attentions, attentions, dim=1)

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassif
 from transformers.utils import can_return_tuple, logging
 
 from .constant_attention import (
+    StockClass,
     check_constant_heads,
     check_constants_loaded,
     check_length,
@@ -51,14 +52,14 @@ class PapaArchitecture:
     drops_pooler: bool
     dropout_field: str | None
 
-    def stock(self, suffix: str) -> type:
+    def stock(self, suffix: str) -> Any:
         """The class of transformers with this suffix, imported only now."""
         return getattr(transformers, self.prefix + suffix)
 
     def backbone_kwargs(self) -> dict[str, bool]:
         return {"add_pooling_layer": False} if self.drops_pooler else {}
 
-    def classifier_dropout(self, config: PreTrainedConfig) -> float:
+    def classifier_dropout(self, config: Any) -> float:
         if self.dropout_field is None:
             return 0.0
         dropout = getattr(config, self.dropout_field, None)
@@ -80,7 +81,7 @@ class AttentionAverages(Protocol):
 
 
 @dataclass(kw_only=True)
-class PapaConfigFields:
+class PapaConfigFields(StockClass):
     """Configuration fields of every PAPA model, beside those of its architecture.
 
     Args:
@@ -107,7 +108,7 @@ def check_trainable_part(part: str) -> None:
         raise ValueError(f"trainable_part must be one of {', '.join(map(repr, TRAINABLE_PARTS))}, got {part!r}.")
 
 
-class PapaPreTrainedMixin(SavesWhole):
+class PapaPreTrainedMixin(SavesWhole, StockClass):
     """Loading, converting, saving and initialising, the same for all tasks.
 
     Attributes:
@@ -128,7 +129,7 @@ class PapaPreTrainedMixin(SavesWhole):
         constant_length: int | None = None,
         head_ranking: Sequence[Sequence[int]] | None = None,
         **kwargs: Any,
-    ) -> PreTrainedModel:
+    ) -> Any:
         """Loads a PAPA checkpoint, or converts a plain one of the same architecture.
 
         Args:
@@ -144,7 +145,7 @@ class PapaPreTrainedMixin(SavesWhole):
             ValueError: If the checkpoint has another architecture, or lacks constants for its constant heads; if the
                 constants do not fit the model; if PAPA arguments are given for a checkpoint that is converted already.
         """
-        conversion = {
+        conversion: dict[str, Any] = {
             "constants": constants,
             "constant_heads": constant_heads,
             "constant_length": constant_length,
@@ -172,7 +173,7 @@ class PapaPreTrainedMixin(SavesWhole):
         return model_type == plain
 
     @classmethod
-    def _load(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> PreTrainedModel:
+    def _load(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         model, loading_info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         check_constants_loaded(loading_info["missing_keys"])
         model.freeze_backbone()
@@ -190,7 +191,7 @@ class PapaPreTrainedMixin(SavesWhole):
         trainable_part: str = "probe",
         output_loading_info: bool = False,
         **kwargs: Any,
-    ) -> PreTrainedModel:
+    ) -> Any:
         stock = cls._load_stock(path, **kwargs)
         if constants is not None and not isinstance(constants, torch.Tensor):
             constants = constants.average_for(stock)
@@ -334,7 +335,7 @@ class PapaProbeMixin(PapaPreTrainedMixin):
 class PapaForSequenceClassificationMixin(PapaProbeMixin):
     """Sequence classification with the PAPA pooler."""
 
-    def _add_probe(self, config: PreTrainedConfig) -> None:
+    def _add_probe(self, config: Any) -> None:
         self.pooler = PapaPooler(config)
         self.dropout = nn.Dropout(self.architecture.classifier_dropout(config))
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
@@ -381,7 +382,7 @@ class PapaForSequenceClassificationMixin(PapaProbeMixin):
 class PapaForTokenClassificationMixin(PapaProbeMixin):
     """Token classification with the PAPA token head."""
 
-    def _add_probe(self, config: PreTrainedConfig) -> None:
+    def _add_probe(self, config: Any) -> None:
         self.classifier = PapaTokenHead(config)
 
     @can_return_tuple
@@ -465,7 +466,7 @@ class PapaPooler(nn.Module):
 class PapaTokenHead(nn.Module):
     """Logits for every token, from all layers (PAPA, section 3.3): concatenate, linear, tanh, linear."""
 
-    def __init__(self, config: PreTrainedConfig) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__()
         self.dense = nn.Linear((config.num_hidden_layers + 1) * config.hidden_size, config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
@@ -488,7 +489,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> type:
+def __getattr__(name: str) -> Any:
     """Makes the configuration or model class `name` on first use."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -498,7 +499,7 @@ def __getattr__(name: str) -> type:
     return globals().setdefault(name, made)
 
 
-def _config_class(name: str, base: str, architecture: PapaArchitecture) -> type[PreTrainedConfig]:
+def _config_class(name: str, base: str, architecture: PapaArchitecture) -> Any:
     stock = architecture.stock("Config")
     fields = {
         "model_type": f"papa-{base}",
@@ -508,7 +509,7 @@ def _config_class(name: str, base: str, architecture: PapaArchitecture) -> type[
     return type(name, (PapaConfigFields, stock), fields)
 
 
-def _model_class(name: str, suffix: str, architecture: PapaArchitecture) -> type[PreTrainedModel]:
+def _model_class(name: str, suffix: str, architecture: PapaArchitecture) -> Any:
     task = _TASKS[suffix]
     stock = architecture.stock("PreTrainedModel" if issubclass(task, PapaProbeMixin) else suffix)
     fields = {

@@ -50,7 +50,7 @@ class MeanAttention:
             sums=torch.zeros(shape, dtype=torch.float64, device=model.device),
             counts=torch.zeros(shape[2:], dtype=torch.float64, device=model.device),
             model_print=model_print(model),
-            model_name=config.name_or_path,
+            model_name=config.name_or_path or "",
         )
 
     @property

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import DataCollator, PreTrainedModel, Trainer, TrainingArguments
+from transformers import DataCollator, Trainer, TrainingArguments
 
 from ..files import write_whole
 from ..modeling.constant_attention import (
     AttentionLayout,
+    StockClass,
     attention_layout,
     check_constants,
     check_length,
@@ -64,7 +65,7 @@ class HeadRanking:
 
 
 def rank_heads(
-    model: PreTrainedModel,
+    model: Any,
     constants: torch.Tensor,
     train_dataset: Dataset,
     args: TrainingArguments,
@@ -106,11 +107,11 @@ def rank_heads(
     trainer.train()
     ranking = HeadRanking(tuple(tuple(parameter.tolist()) for parameter in lambdas))
     if trainer.is_world_process_zero():
-        ranking.save(Path(args.output_dir) / "head_ranking.json")
+        ranking.save(Path(str(args.output_dir)) / "head_ranking.json")
     return ranking
 
 
-def install_interpolation(model: PreTrainedModel, constants: torch.Tensor) -> list[nn.Parameter]:
+def install_interpolation(model: Any, constants: torch.Tensor) -> list[nn.Parameter]:
     """Mixes the attention of every head with its constant, in place, half and half at first.
 
     Args:
@@ -128,20 +129,21 @@ def install_interpolation(model: PreTrainedModel, constants: torch.Tensor) -> li
     return [attention.lambdas for attention in self_attentions(backbone)]
 
 
-def _interpolate(attention: nn.Module, constants: torch.Tensor, layout: AttentionLayout) -> None:
+def _interpolate(attention: Any, constants: torch.Tensor, layout: AttentionLayout) -> None:
     weight = next(attention.parameters())
     attention.lambdas = nn.Parameter(weight.new_zeros(attention.num_attention_heads))
     attention.register_buffer("constants", constants.detach().to(weight))
     attention.layout = layout
-    attention.__class__ = _with_interpolation(type(attention))
+    stock_class: Any = type(attention)
+    attention.__class__ = _with_interpolation(stock_class)
 
 
 @cache
-def _with_interpolation(stock_class: type[nn.Module]) -> type[nn.Module]:
+def _with_interpolation(stock_class: Any) -> Any:
     return type(f"{stock_class.__name__}WithInterpolation", (InterpolationMixin, stock_class), {})
 
 
-class InterpolationMixin:
+class InterpolationMixin(StockClass):
     """Self-attention every head of which is mixed with a constant; put over a stock module.
 
     Attributes:
