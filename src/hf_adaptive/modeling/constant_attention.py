@@ -1,5 +1,5 @@
 """Constant attention heads for unmodified transformers backbones (PAPA, Hassid et al., Findings of EMNLP 2022,
-arXiv 2211.03495, section 3).
+arXiv 2211.03495).
 
 A constant head has no query and no key. Its attention matrix is a parameter `C (length, length)`; for an input with
 the 0/1 padding vector `m` it attends with `C[i, j] m[i] m[j]`, every row divided by the sum of its absolute values.
@@ -31,10 +31,10 @@ class AttentionLayout:
     """What the self-attention modules of two architectures do differently.
 
     Args:
-        fused_projection: Query, key and value are rows of one `in_proj`, head by head (DeBERTa), rather than three
-            linear layers (BERT).
-        additive_mask: A floating-point mask is 0 at real positions and very negative elsewhere (BERT, eager), rather
-            than 1 at real positions and 0 elsewhere (DeBERTa).
+        fused_projection (`bool`): Query, key and value are rows of one `in_proj`, head by head (DeBERTa), rather than
+            three linear layers (BERT).
+        additive_mask (`bool`): A floating-point mask is 0 at real positions and very negative elsewhere (BERT, eager),
+            rather than 1 at real positions and 0 elsewhere (DeBERTa).
     """
 
     fused_projection: bool
@@ -130,9 +130,10 @@ def select_heads(
     """Turns a choice of heads into `[layer, head]` pairs.
 
     Args:
-        choice: `"all"`, a fraction between 0 and 1 (rounded down to whole heads), or the pairs themselves.
-        ranking: All heads, those that need attention least first, as `rank_heads` orders them; a fraction takes its
-            beginning.
+        choice (`str`, `float` or `list[list[int]]`): `"all"`, a fraction between 0 and 1 (rounded down to whole
+            heads), or the pairs themselves.
+        ranking (`list[list[int]]`, *optional*): All heads, those that need attention least first, as `rank_heads`
+            orders them; a fraction takes its beginning.
 
     Raises:
         ValueError: If the choice is none of these, or a proper fraction comes without a complete ranking.
@@ -193,10 +194,11 @@ def install_constant_heads(
     module runs the dynamic heads. Works on the meta device.
 
     Args:
-        backbone: A `BertModel`, `RobertaModel` or `DebertaModel` of transformers, with or without trained weights.
-        config: Has `constant_heads` and `constant_length`.
-        constants: `(layers, heads, constant_length, constant_length)`; without them every head attends uniformly,
-            until a checkpoint is loaded.
+        backbone (`PreTrainedModel`): A `BertModel`, `RobertaModel` or `DebertaModel` of transformers, with or without
+            trained weights.
+        config (`PreTrainedConfig`): Has `constant_heads` and `constant_length`.
+        constants (`torch.Tensor`, *optional*): `(layers, heads, constant_length, constant_length)`; without them every
+            head attends uniformly, until a checkpoint is loaded.
 
     Raises:
         ValueError: If the architecture is not supported, the configuration is wrong or the constants' shape is.
@@ -358,11 +360,11 @@ def constant_attention(
     """What constant heads read; the attention matrices of each input are made only where something needs them.
 
     Args:
-        constants: `(heads, constant_length, constant_length)`.
-        value: `(batch, length, heads, head_size)`.
-        real: `(batch, length)`, True at real positions; None if all are.
-        dropout: Of attention probabilities; in training it acts on constants too.
-        output_attentions: Whether to return the matrices.
+        constants (`torch.Tensor`): `(heads, constant_length, constant_length)`.
+        value (`torch.Tensor`): `(batch, length, heads, head_size)`.
+        real (`torch.Tensor`, *optional*): `(batch, length)`, True at real positions; None if all are.
+        dropout (`nn.Dropout`): Of attention probabilities; in training it acts on constants too.
+        output_attentions (`bool`): Whether to return the matrices.
 
     Returns:
         Context `(batch, length, heads, head_size)`, and attentions `(batch, heads, length, length)` or None.
@@ -379,9 +381,9 @@ def constant_context(constants: torch.Tensor, value: torch.Tensor, real: torch.T
     """What constant heads read, without a matrix for each input: one product per head for the whole batch.
 
     Args:
-        constants: `(heads, constant_length, constant_length)`.
-        value: `(batch, length, heads, head_size)`.
-        real: `(batch, length)`, True at real positions; None if all are.
+        constants (`torch.Tensor`): `(heads, constant_length, constant_length)`.
+        value (`torch.Tensor`): `(batch, length, heads, head_size)`.
+        real (`torch.Tensor`, *optional*): `(batch, length)`, True at real positions; None if all are.
 
     Returns:
         `(batch, length, heads, head_size)`, zero at padding positions and where a row of the constants has no weight

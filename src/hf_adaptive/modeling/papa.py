@@ -42,10 +42,10 @@ class PapaArchitecture:
     """What is needed to build the PAPA models of one architecture.
 
     Args:
-        prefix: With which the names of the stock classes begin.
-        drops_pooler: Whether the stock backbone has a pooler that must be left out.
-        dropout_field: The configuration field of the dropout before the classifier, None in it meaning
-            `hidden_dropout_prob`; None if the papers' code has no such dropout.
+        prefix (`str`): With which the names of the stock classes begin.
+        drops_pooler (`bool`): Whether the stock backbone has a pooler that must be left out.
+        dropout_field (`str`, *optional*): The configuration field of the dropout before the classifier, None in it
+            meaning `hidden_dropout_prob`; None if the papers' code has no such dropout.
     """
 
     prefix: str
@@ -85,12 +85,12 @@ class PapaConfigFields(StockClass):
     """Configuration fields of every PAPA model, beside those of its architecture.
 
     Args:
-        constant_heads: `[layer, head]` pairs, counted from 0, whose attention is constant.
-        constant_length: Size of the constant matrices, and the longest input, in tokens. The sequence classifiers need
-            it even without constant heads: their pooler has one weight for each position.
-        trainable_part: What the classifiers train: `"probe"`, the pooler or token head and the classifier, everything
-            else being frozen as in the paper; `"constants"`, the probe and the constants; `"all"`. Masked language
-            models have no probe and train everything.
+        constant_heads (`list`, *optional*): `[layer, head]` pairs, counted from 0, whose attention is constant.
+        constant_length (`int`, *optional*): Size of the constant matrices, and the longest input, in tokens. The
+            sequence classifiers need it even without constant heads: their pooler has one weight for each position.
+        trainable_part (`str`): What the classifiers train: `"probe"`, the pooler or token head and the classifier,
+            everything else being frozen as in the paper; `"constants"`, the probe and the constants; `"all"`. Masked
+            language models have no probe and train everything.
     """
 
     constant_heads: list | None = None
@@ -133,13 +133,15 @@ class PapaPreTrainedMixin(SavesWhole, StockClass):
         """Loads a PAPA checkpoint, or converts a plain one of the same architecture.
 
         Args:
-            pretrained_model_name_or_path: As in transformers. The next four are for plain checkpoints.
-            constants: Average attention `(layers, heads, length, length)`, or what `mean_attention` returned, which is
-                also checked to come from this checkpoint.
-            constant_heads: `"all"`, a fraction (with `head_ranking`), or `[layer, head]` pairs.
-            constant_length: Needed where there are no constants to take it from.
-            head_ranking: The order of all heads that `rank_heads` found.
-            kwargs: As in transformers.
+            pretrained_model_name_or_path (`str` or `os.PathLike`): As in transformers. The next four are for plain
+                checkpoints.
+            constants (`torch.Tensor` or `AttentionAverages`, *optional*): Average attention `(layers, heads, length,
+                length)`, or what `mean_attention` returned, which is also checked to come from this checkpoint.
+            constant_heads (`str`, `float` or `list[list[int]]`, *optional*): `"all"`, a fraction (with
+                `head_ranking`), or `[layer, head]` pairs.
+            constant_length (`int`, *optional*): Needed where there are no constants to take it from.
+            head_ranking (`list[list[int]]`, *optional*): The order of all heads that `rank_heads` found.
+            **kwargs: As in transformers.
 
         Raises:
             ValueError: If the checkpoint has another architecture, or lacks constants for its constant heads; if the
@@ -279,7 +281,7 @@ class PapaMaskedLMMixin(PapaPreTrainedMixin):
 
 
 class PapaProbeMixin(PapaPreTrainedMixin):
-    """The frozen backbone with a probe over its embeddings and the outputs of all layers (PAPA, section 3.3)."""
+    """The frozen backbone with a probe over its embeddings and the outputs of all layers (arXiv 2211.03495)."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
@@ -353,10 +355,11 @@ class PapaForSequenceClassificationMixin(PapaProbeMixin):
     ) -> SequenceClassifierOutput:
         """
         Args:
-            input_ids: `(batch, length)`, with length at most `config.constant_length`.
-            attention_mask: `(batch, length)`, 1 at real positions; padding may lie anywhere. None: no padding.
-            labels: `(batch,)` int64 classes, or float targets `(batch,)` / `(batch, labels)` for regression and
-                multi-label problems.
+            input_ids (`torch.Tensor`, *optional*): `(batch, length)`, with length at most `config.constant_length`.
+            attention_mask (`torch.Tensor`, *optional*): `(batch, length)`, 1 at real positions; padding may lie
+                anywhere. None: no padding.
+            labels (`torch.Tensor`, *optional*): `(batch,)` int64 classes, or float targets `(batch,)` / `(batch,
+                labels)` for regression and multi-label problems.
 
         Returns:
             Loss if labels are given, logits `(batch, labels)`, hidden states and attentions on request.
@@ -398,9 +401,11 @@ class PapaForTokenClassificationMixin(PapaProbeMixin):
     ) -> TokenClassifierOutput:
         """
         Args:
-            input_ids: `(batch, length)`, with length at most `config.constant_length`.
-            attention_mask: `(batch, length)`, 1 at real positions; padding may lie anywhere. None: no padding.
-            labels: `(batch, length)` int64, -100 where there is none. Padding never counts.
+            input_ids (`torch.Tensor`, *optional*): `(batch, length)`, with length at most `config.constant_length`.
+            attention_mask (`torch.Tensor`, *optional*): `(batch, length)`, 1 at real positions; padding may lie
+                anywhere. None: no padding.
+            labels (`torch.Tensor`, *optional*): `(batch, length)` int64, -100 where there is none. Padding never
+                counts.
 
         Returns:
             Loss if labels are given, logits `(batch, length, labels)`, hidden states and attentions on request.
@@ -426,7 +431,7 @@ class PapaForTokenClassificationMixin(PapaProbeMixin):
 
 
 class PapaPooler(nn.Module):
-    """One vector for a text, from all layers and positions (PAPA, section 3.3).
+    """One vector for a text, from all layers and positions (arXiv 2211.03495).
 
     Every hidden state is summed over its real positions with weights of its own, one for each position, not
     renormalised; a linear layer and tanh follow on all the sums.
@@ -448,8 +453,9 @@ class PapaPooler(nn.Module):
     ) -> torch.Tensor:
         """
         Args:
-            hidden_states: Embeddings and the output of every layer, each `(batch, length, hidden)`.
-            attention_mask: `(batch, length)`, 0 at padding.
+            hidden_states (`list[torch.Tensor]`): Embeddings and the output of every layer, each `(batch, length,
+                hidden)`.
+            attention_mask (`torch.Tensor`, *optional*): `(batch, length)`, 0 at padding.
 
         Returns:
             `(batch, hidden)`.
@@ -464,7 +470,7 @@ class PapaPooler(nn.Module):
 
 
 class PapaTokenHead(nn.Module):
-    """Logits for every token, from all layers (PAPA, section 3.3): concatenate, linear, tanh, linear."""
+    """Logits for every token, from all layers (arXiv 2211.03495): concatenate, linear, tanh, linear."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()

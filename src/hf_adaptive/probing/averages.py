@@ -1,4 +1,4 @@
-"""Average attention matrices over real text, the constants of PAPA (arXiv 2211.03495, section 3.1)."""
+"""Average attention matrices over real text, the constants of PAPA (arXiv 2211.03495)."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,12 +27,12 @@ class MeanAttention:
     """Sums of attention probabilities and how many examples they come from, so that runs can be merged and resumed.
 
     Args:
-        sums: `(layers, heads, length, length)` float64. Cell (i, j) sums the probability that position i gives to j,
-            over the examples in which both are real.
-        counts: `(length, length)` float64, the number of those examples.
-        model_print: One norm for each weight of the backbone, by which another model is recognised.
-        batches: Batches seen so far.
-        model_name: Where the model came from, for messages.
+        sums (`torch.Tensor`): `(layers, heads, length, length)` float64. Cell (i, j) sums the probability that
+            position i gives to j, over the examples in which both are real.
+        counts (`torch.Tensor`): `(length, length)` float64, the number of those examples.
+        model_print (`torch.Tensor`): One norm for each weight of the backbone, by which another model is recognised.
+        batches (`int`): Batches seen so far.
+        model_name (`str`): Where the model came from, for messages.
     """
 
     sums: torch.Tensor
@@ -81,8 +81,8 @@ class MeanAttention:
         """Adds one batch.
 
         Args:
-            attentions: For every layer `(batch, heads, length, length)`.
-            attention_mask: `(batch, length)`, 0 at padding.
+            attentions (`list[torch.Tensor]`): For every layer `(batch, heads, length, length)`.
+            attention_mask (`torch.Tensor`): `(batch, length)`, 0 at padding.
         """
         length = attention_mask.shape[1]
         real = (attention_mask != 0).to(attentions[0].dtype)
@@ -148,19 +148,20 @@ def mean_attention(
     path: str | os.PathLike | None = None,
     save_every: int = 500,
 ) -> MeanAttention:
-    """The average attention matrix of every head over real text (PAPA, section 3.1).
+    """The average attention matrix of every head over real text, as PAPA takes it (arXiv 2211.03495).
 
     The model runs in eval mode where it is, and is left as it was. Only one batch is held at a time.
 
     Args:
-        model: A pretrained model of transformers that returns attentions.
-        dataloader_or_dataset: Batches of tensors (a `DataLoader`), or tokenized examples: dictionaries with
-            `input_ids` and, if there is padding, `attention_mask`. Other columns are ignored.
-        max_length: Size of the matrices; no input may be longer.
-        batch_size: For a dataset; a `DataLoader` has its own.
-        path: Where the sums are saved, every `save_every` batches and at the end. If the file is there already, the
-            run is resumed after the batches that it holds, so the data must come in the same order.
-        save_every: In batches.
+        model (`PreTrainedModel`): A pretrained model of transformers that returns attentions.
+        dataloader_or_dataset (`Iterable[Any]`): Batches of tensors (a `DataLoader`), or tokenized examples:
+            dictionaries with `input_ids` and, if there is padding, `attention_mask`. Other columns are ignored.
+        max_length (`int`): Size of the matrices; no input may be longer.
+        batch_size (`int`): For a dataset; a `DataLoader` has its own.
+        path (`str` or `os.PathLike`, *optional*): Where the sums are saved, every `save_every` batches and at the end.
+            If the file is there already, the run is resumed after the batches that it holds, so the data must come in
+            the same order.
+        save_every (`int`): In batches.
 
     Raises:
         ValueError: If there is no example, an input is longer than `max_length`, or the file at `path` belongs to

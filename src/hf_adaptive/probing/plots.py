@@ -1,4 +1,4 @@
-"""Pictures of a PAPA study (compare figures 2 to 5 of arXiv 2211.03495)."""
+"""Pictures of a PAPA study (compare figure 2 of arXiv 2211.03495)."""
 
 import os
 from collections.abc import Sequence
@@ -28,10 +28,10 @@ def plot_scores(
     """Score by share of constant heads, the mean over seeds and every run as a dot, beside the papers' drop.
 
     Args:
-        fractions: Shares of constant heads, ascending.
-        scores: For every share, the score of each seed.
-        metric: Name of the score.
-        path: Of the PNG, written whole or not at all.
+        fractions (`list[float]`): Shares of constant heads, ascending.
+        scores (`list[list[float]]`): For every share, the score of each seed.
+        metric (`str`): Name of the score.
+        path (`str` or `os.PathLike`): Of the PNG, written whole or not at all.
     """
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
@@ -57,8 +57,8 @@ def plot_attention_weights(ranking: HeadRanking, path: str | os.PathLike) -> Non
     """Heat map, layers × heads, of the share of attention that every head keeps.
 
     Args:
-        ranking: From `rank_heads`.
-        path: Of the PNG, written whole or not at all.
+        ranking (`HeadRanking`): From `rank_heads`.
+        path (`str` or `os.PathLike`): Of the PNG, written whole or not at all.
     """
     weights = ranking.attention_weights
     layers, heads = weights.shape
@@ -84,10 +84,10 @@ def plot_constants(averages: MeanAttention, ranking: HeadRanking, path: str | os
     """The average matrices of the heads that need attention least (upper row) and most (lower row).
 
     Args:
-        averages: From `mean_attention`.
-        ranking: From `rank_heads`.
-        path: Of the PNG, written whole or not at all.
-        columns: Heads in a row.
+        averages (`MeanAttention`): From `mean_attention`.
+        ranking (`HeadRanking`): From `rank_heads`.
+        path (`str` or `os.PathLike`): Of the PNG, written whole or not at all.
+        columns (`int`): Heads in a row.
     """
     examples = averages.counts.diagonal()
     length = int((examples >= _LEAST_SHARE * examples.max()).nonzero().max()) + 1

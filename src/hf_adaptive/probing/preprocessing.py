@@ -1,4 +1,4 @@
-"""The papers' fixed-position preprocessing (PAPA, arXiv 2211.03495, appendix): a separator or a second text always
+"""The papers' fixed-position preprocessing (PAPA, arXiv 2211.03495): a separator or a second text always
 begins at the same position, so that an average attention matrix means the same for every input.
 
 Ordinary tokenization works too and is the default everywhere. Use these functions with `Dataset.map`, one example at a
@@ -20,10 +20,11 @@ def fix_sequence_positions(
     padding with mask 0. Token types move with their tokens, which the papers' code forgets.
 
     Args:
-        example: `input_ids` as a tokenizer makes them, and `token_type_ids` if there are any. Padding may follow.
-        max_length: In tokens.
-        sep_token_id: The separator. A doubled one, as RoBERTa has, goes to the second half with both tokens.
-        pad_token_id: Fills the holes.
+        example (`Mapping[str, list[int]]`): `input_ids` as a tokenizer makes them, and `token_type_ids` if there are
+            any. Padding may follow.
+        max_length (`int`): In tokens.
+        sep_token_id (`int`): The separator. A doubled one, as RoBERTa has, goes to the second half with both tokens.
+        pad_token_id (`int`): Fills the holes.
 
     Returns:
         `input_ids`, `attention_mask` and, if given, `token_type_ids`, each of `max_length` entries.
@@ -48,10 +49,11 @@ def fix_token_positions(
     """Moves the separator of a single text to the end, and leaves every other token where it is.
 
     Args:
-        example: `input_ids`, and `token_type_ids` and `labels` if there are any. Padding may follow.
-        max_length: In tokens.
-        sep_token_id: The separator.
-        pad_token_id: Fills the hole.
+        example (`Mapping[str, list[int]]`): `input_ids`, and `token_type_ids` and `labels` if there are any. Padding
+            may follow.
+        max_length (`int`): In tokens.
+        sep_token_id (`int`): The separator.
+        pad_token_id (`int`): Fills the hole.
 
     Returns:
         As `fix_sequence_positions`; and `labels` if given, -100 where no token is.

@@ -1,4 +1,4 @@
-"""Which heads need attention least (PAPA, arXiv 2211.03495, section 3.2).
+"""Which heads need attention least (PAPA, arXiv 2211.03495).
 
 Every head's attention is mixed with its constant, `s · attention + (1 − s) · constant` with `s = sigmoid(lambda)`, and
 the lambdas are trained with the probe. Heads with a small lambda do well with the constant.
@@ -34,7 +34,8 @@ class HeadRanking:
     """Learned mixing weights of all heads.
 
     Args:
-        lambdas: By layer and head; the share of attention that a head keeps is `sigmoid(lambda)`.
+        lambdas (`tuple[tuple[float, ...], ...]`): By layer and head; the share of attention that a head keeps is
+            `sigmoid(lambda)`.
     """
 
     lambdas: tuple[tuple[float, ...], ...]
@@ -73,18 +74,19 @@ def rank_heads(
     data_collator: DataCollator | None = None,
     lambda_learning_rate: float | None = None,
 ) -> HeadRanking:
-    """Learns how much attention every head needs, on a task (PAPA, section 3.2).
+    """Learns how much attention every head needs on a task, as PAPA does (arXiv 2211.03495).
 
     Lambdas and probe are trained, everything else is frozen. The model given is not changed.
 
     Args:
-        model: A `Papa…ForSequenceClassification` or `…ForTokenClassification` without constant heads, with
-            `constant_length`.
-        constants: Average attention `(layers, heads, constant_length, constant_length)`.
-        train_dataset: Tokenized, with labels.
-        args: For the `Trainer`. The ranking is saved as `head_ranking.json` in its output folder.
-        data_collator: As in the `Trainer`.
-        lambda_learning_rate: For the lambdas; None means that of `args`. They never decay.
+        model (`PreTrainedModel`): A `Papa…ForSequenceClassification` or `…ForTokenClassification` without constant
+            heads, with `constant_length`.
+        constants (`torch.Tensor`): Average attention `(layers, heads, constant_length, constant_length)`.
+        train_dataset (`Dataset`): Tokenized, with labels.
+        args (`TrainingArguments`): For the `Trainer`. The ranking is saved as `head_ranking.json` in its output
+            folder.
+        data_collator (`DataCollator`, *optional*): As in the `Trainer`.
+        lambda_learning_rate (`float`, *optional*): For the lambdas; None means that of `args`. They never decay.
 
     Raises:
         ValueError: If the model has constant heads already, or the constants do not fit it.
@@ -115,8 +117,8 @@ def install_interpolation(model: Any, constants: torch.Tensor) -> list[nn.Parame
     """Mixes the attention of every head with its constant, in place, half and half at first.
 
     Args:
-        model: A PAPA model without constant heads.
-        constants: `(layers, heads, constant_length, constant_length)`, frozen.
+        model (`PreTrainedModel`): A PAPA model without constant heads.
+        constants (`torch.Tensor`): `(layers, heads, constant_length, constant_length)`, frozen.
 
     Returns:
         The lambdas of every layer, each `(heads,)`, 0 at first.
