@@ -10,12 +10,12 @@ from transformers.utils import logging
 
 from ..evaluation.metrics import answers_of, default_metric
 from ..evaluation.report import ExitReport, evaluate_exits
+from ..hub.model_card import PLOT_FILE, model_card, write_model_card
 from ..modeling.losses import problem_type
 
 logger = logging.get_logger(__name__)
 
 REPORT_FILE = "exit_report.json"
-PLOT_FILE = "exits.png"
 
 
 class ExitsTrainer(Trainer):
@@ -134,8 +134,41 @@ class ExitsTrainer(Trainer):
         folder = Path(self.args.output_dir)
         self.report.to_json(folder / REPORT_FILE)
         self.report.plot(folder / PLOT_FILE)
-        # card
+        self.create_model_card()
         return self.report
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Writes the card into the output folder, unless one is there that somebody else wrote or changed.
+
+        Args:
+            language, license, tags, model_name, dataset (*optional*): As in `Trainer.create_model_card`; the others
+                are known from the model and the report.
+        """
+        if not self.is_world_process_zero():
+            return
+        data = dataset if dataset is not None else dataset_tags
+        card = model_card(
+            self._exits_model,
+            self.report,
+            repo_id=self.hub_model_id or model_name or Path(self.args.output_dir).name,
+            dataset_name=data[0] if isinstance(data, list) else data,
+            language=language,
+            license=license,
+            tags=[tags] if isinstance(tags, str) else tags,
+            plot_file=PLOT_FILE,
+        )
+        write_model_card(card, self.args.output_dir)
 
     @property
     def _exits_model(self) -> Any:

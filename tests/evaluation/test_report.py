@@ -1,0 +1,117 @@
+"""What each exit is worth: the report, its files, and bad calls."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from hf_adaptive import ExitReport, evaluate_exits
+from tests import tiny
+
+LENGTHS = [3, 9, 5, 12, 7, 4, 8, 6, 10, 2, 11, 5]
+
+
+def dataset(labels=None):
+    generator = torch.Generator().manual_seed(1)
+    rows = [torch.randint(3, tiny.VOCABULARY, (length,), generator=generator).tolist() for length in LENGTHS]
+    labels = tiny.labels(len(rows)).tolist() if labels is None else labels
+    return Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows], "label": labels})
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.model("roberta")
+
+
+@pytest.fixture(scope="module")
+def report(model):
+    return evaluate_exits(model, dataset(), batch_size=4, show_progress=False)
+
+
+def run_alone(model, **arguments):
+    with torch.no_grad():
+        return [model(input_ids=torch.tensor([row]), **arguments) for row in dataset()["input_ids"]]
+
+
+def test_accuracy_of_every_exit(model, report):
+    labels = np.array(dataset()["label"])
+    for layer, cost, accuracy in zip(report.exit_layers, report.costs, report.accuracy):
+        answers = np.array([out.logits.argmax().item() for out in run_alone(model, exit_at=layer)])
+        assert accuracy == pytest.approx((answers == labels).mean())
+        assert cost == layer / tiny.LAYERS
+
+
+def test_every_point_of_the_curve_is_a_real_early_exit_run(model, report):
+    labels = np.array(dataset()["label"])
+    costs = set()
+    for point in report.curve[::5]:
+        outputs = run_alone(model, exit_thresholds=point.threshold)
+        answers = np.array([out.logits.argmax().item() for out in outputs])
+        taken = np.array([out.exit_index.item() for out in outputs])
+        assert point.accuracy == pytest.approx((answers == labels).mean())
+        assert point.cost == pytest.approx(np.array(model.config.exit_costs)[taken].mean())
+        assert point.exit_distribution == pytest.approx(np.bincount(taken, minlength=3) / len(taken))
+        assert point.seconds > 0
+        costs.add(point.cost)
+    assert len(costs) > 1
+    assert report.full_seconds > 0
+
+
+def test_files(report, tmp_path):
+    report.to_json(tmp_path / "new" / "report.json")
+    assert ExitReport.from_json(tmp_path / "new" / "report.json") == report
+    assert json.loads((tmp_path / "new" / "report.json").read_text())["metric_name"] == "accuracy"
+    report.plot(tmp_path / "exits.png")
+    assert (tmp_path / "exits.png").read_bytes().startswith(b"\x89PNG")
+    report.plot(tmp_path / "exits.svg")
+    assert "<svg" in (tmp_path / "exits.svg").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["exits.png", "exits.svg", "new"]
+
+
+def test_a_metric_of_the_users(model):
+    def macro(predictions, references):
+        return {"macro_recall": np.mean([(predictions[references == c] == c).mean() for c in set(references)])}
+
+    own = evaluate_exits(model, dataset(), metric=macro, thresholds=[0.5], timed_examples=0, show_progress=False)
+    assert own.metric_name == "macro"
+    assert own.full_seconds is None
+    assert len(own.curve) == 1
+
+
+def test_regression_has_exits_but_no_curve_by_confidence():
+    model = tiny.model("bert", num_labels=1)
+    numbers = evaluate_exits(model, dataset(labels=[i / 3 for i in range(12)]), timed_examples=4, show_progress=False)
+    assert numbers.metric_name == "pearson"
+    assert numbers.curve == []
+    assert all(-1 <= score <= 1 for score in numbers.accuracy)
+
+
+def test_several_labels_at_once():
+    model = tiny.model("bert", problem_type="multi_label_classification")
+    labels = torch.randint(0, 2, (12, tiny.LABELS), generator=torch.Generator().manual_seed(0)).float().tolist()
+    report = evaluate_exits(model, dataset(labels=labels), timed_examples=0, show_progress=False)
+    assert len(report.curve) == 21
+    assert len(report.accuracy) == len(tiny.EXIT_LAYERS)
+
+
+def test_the_mode_of_the_model_is_left_as_it_was(model):
+    evaluate_exits(model.train(), dataset(), timed_examples=0, show_progress=False)
+    assert model.training
+    model.eval()
+
+
+def test_point_at_cost(report):
+    cheapest = min(point.cost for point in report.curve)
+    best = report.point_at_cost(0.6)
+    assert best.cost <= 0.6
+    assert best.accuracy == max(point.accuracy for point in report.curve if point.cost <= 0.6)
+    assert report.point_at_cost(cheapest / 2) is None
+
+
+def test_bad_calls(model):
+    with pytest.raises(ValueError, match="empty"):
+        evaluate_exits(model, dataset().select([]))
+    with pytest.raises(ValueError, match="no labels"):
+        evaluate_exits(model, dataset().remove_columns("label"))
