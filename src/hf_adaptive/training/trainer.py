@@ -57,7 +57,7 @@ class ExitsTrainer(Trainer):
         config = self._exits_model.config
         if problem_type(config) != "single_label_classification":
             raise ValueError(
-                f"label_smoothing_factor has no meaning for problem_type={config.problem_type!r}: set it to 0."
+                f"label_smoothing_factor has no meaning for problem_type={problem_type(config)!r}: set it to 0."
             )
         weights = config.exit_loss_weights or [1.0] * exit_logits.shape[1]
         logits = exit_logits.unbind(dim=1)
