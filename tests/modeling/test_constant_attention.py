@@ -7,7 +7,6 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests import golden_papa as golden
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_adaptive.modeling import papa
@@ -18,6 +17,7 @@ from hf_adaptive.modeling.constant_attention import (
     install_constant_heads,
     select_heads,
 )
+from tests import golden_papa as golden
 
 HEADS = [[0, 0], [0, 3], [2, 1], [3, 0], [3, 1], [3, 2], [3, 3]]
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tests import golden_papa as golden
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 import hf_adaptive  # noqa: F401 - registers the classes with the Auto classes
 from hf_adaptive import mean_attention
 from hf_adaptive.modeling import papa
+from tests import golden_papa as golden
 
 LOGITS = {"atol": 1e-5, "rtol": 0}
 STATES = {"atol": 2e-5, "rtol": 0}
@@ -269,6 +269,14 @@ def test_what_is_new_is_reported(plain_checkpoint, constants):
     }
 
 
+def test_a_head_that_the_plain_checkpoint_lacks_is_new_too(plain_checkpoint, constants):
+    _, info = papa.PapaBertForMaskedLM.from_pretrained(
+        plain_checkpoint(suffix="Model"), constants=constants, constant_heads="all", output_loading_info=True
+    )
+    assert "cls.predictions.transform.dense.weight" in info["missing_keys"]
+    assert not any(name.startswith("bert.") for name in info["missing_keys"])
+
+
 def test_a_fraction_takes_the_beginning_of_the_ranking(plain_checkpoint, constants):
     ranking = [[layer, head] for head in range(4) for layer in range(6)]
     model = papa.PapaBertForMaskedLM.from_pretrained(
@@ -479,6 +487,7 @@ def test_configuration_names_what_is_wrong(fields, message):
         ({"constants": torch.rand(6, 4, 16, 15), "constant_heads": "all"}, "must have the shape"),
         ({"constants": torch.rand(12, 4, 16, 16), "constant_heads": "all"}, r"= \(6, 4, 16, 16\)"),
         ({"constants": torch.full((6, 4, 16, 16), torch.nan), "constant_heads": "all"}, "must be finite"),
+        ({"constants": torch.rand(6, 2, 16, 16), "constant_heads": []}, "must have the shape"),
         ({"constants": torch.rand(6, 4, 16, 16), "constant_heads": "all", "constant_length": 8}, "does not fit"),
         ({"constants": torch.rand(6, 4, 16, 16)}, "constant_heads is not"),
         ({"constants": torch.rand(6, 4, 16, 16), "constant_heads": 0.5}, "head_ranking"),

@@ -7,11 +7,11 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests import golden_papa as golden
 from torch.utils.data import DataLoader
 
 from hf_adaptive import mean_attention
 from hf_adaptive.probing import MeanAttention
+from tests import golden_papa as golden
 
 AVERAGES = {"atol": 1e-5, "rtol": 0, "check_dtype": False}
 

@@ -5,9 +5,9 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests import golden_papa as golden
 
 from hf_adaptive.probing import fix_sequence_positions, fix_token_positions
+from tests import golden_papa as golden
 
 FUNCTIONS = {"glue": fix_sequence_positions, "ner": fix_token_positions}
 CASES = json.loads((golden.FOLDER / "preprocess.json").read_text())

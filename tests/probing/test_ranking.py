@@ -3,11 +3,11 @@
 import pytest
 import torch
 import transformers
-from tests import golden_papa as golden
 
 from hf_adaptive import rank_heads
 from hf_adaptive.probing import HeadRanking
 from hf_adaptive.probing.ranking import install_interpolation
+from tests import golden_papa as golden
 
 VALUES = {"atol": 1e-5, "rtol": 0}
 GRADIENTS = {"atol": 2e-5, "rtol": 0}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+
 from tests import tiny
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "run_papa.py"

@@ -204,11 +204,11 @@ def install_constant_heads(
         ValueError: If the architecture is not supported, the configuration is wrong or the constants' shape is.
     """
     check_constant_heads(config)
+    if constants is not None:
+        check_constants(constants, config)
     if not config.constant_heads:
         return
     layout = attention_layout(backbone)
-    if constants is not None:
-        check_constants(constants, config)
     for index, attention in enumerate(self_attentions(backbone)):
         heads = [head for layer, head in config.constant_heads if layer == index]
         if heads:

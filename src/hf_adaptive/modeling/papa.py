@@ -8,7 +8,7 @@ are first asked for, so that a checkpoint loaded without this package imports th
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -194,7 +194,7 @@ class PapaPreTrainedMixin(SavesWhole, StockClass):
         output_loading_info: bool = False,
         **kwargs: Any,
     ) -> Any:
-        stock = cls._load_stock(path, **kwargs)
+        stock, loading_info = cls._load_stock(path, output_loading_info=True, **kwargs)
         if constants is not None and not isinstance(constants, torch.Tensor):
             constants = constants.average_for(stock)
         heads = _selected_heads(constant_heads, constants, stock.config, head_ranking)
@@ -202,6 +202,7 @@ class PapaPreTrainedMixin(SavesWhole, StockClass):
             {
                 **stock.config.to_dict(),
                 "model_type": cls.config_class.model_type,
+                "architectures": [cls.__name__],
                 "constant_heads": heads,
                 "constant_length": _common_length(constant_length, constants),
                 "trainable_part": trainable_part,
@@ -210,20 +211,20 @@ class PapaPreTrainedMixin(SavesWhole, StockClass):
         model = cls._from_config(config, dtype=stock.dtype, attn_implementation=stock.config._attn_implementation)
         # The plain backbone is changed in the same way as ours was when it was built, so all names and shapes agree.
         install_constant_heads(stock.base_model, model.config, constants)
-        new = model._copy_weights(stock)
+        new = model._copy_weights(stock, loading_info["missing_keys"])
         model.to(stock.device).eval()
         if new:
             logger.warning(f"{cls.__name__} was made from {path}; new and to be trained: {', '.join(new)}.")
         return (model, {"missing_keys": set(new)}) if output_loading_info else model
 
-    def _copy_weights(self, stock: PreTrainedModel) -> list[str]:
-        """Takes over all weights of a stock model; returns the names of the weights that it did not have."""
+    def _copy_weights(self, stock: PreTrainedModel, made_up: Collection[str]) -> list[str]:
+        """Takes over all weights of a stock model; returns those that it lacks, or that are `made_up` there."""
         prefix = f"{self.base_model_prefix}." if stock.base_model is stock else ""
         weights = {prefix + name: weight for name, weight in stock.state_dict().items()}
         outcome = self.load_state_dict(weights, strict=False)
         if outcome.unexpected_keys:
             raise RuntimeError(f"{type(self).__name__} has no place for {outcome.unexpected_keys}.")
-        return outcome.missing_keys
+        return sorted({*outcome.missing_keys, *(prefix + name for name in made_up)})
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -276,7 +277,7 @@ class PapaMaskedLMMixin(PapaPreTrainedMixin):
         install_constant_heads(self.base_model, config)
 
     @classmethod
-    def _load_stock(cls, path: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
+    def _load_stock(cls, path: str | os.PathLike, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
         return cls.architecture.stock("ForMaskedLM").from_pretrained(path, **kwargs)
 
 
@@ -294,7 +295,7 @@ class PapaProbeMixin(PapaPreTrainedMixin):
         self.freeze_backbone()
 
     @classmethod
-    def _load_stock(cls, path: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
+    def _load_stock(cls, path: str | os.PathLike, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
         return cls.architecture.stock("Model").from_pretrained(path, **cls.architecture.backbone_kwargs(), **kwargs)
 
     def set_trainable_part(self, part: str) -> None:
