@@ -510,6 +510,7 @@ def _config_class(name: str, base: str, architecture: PapaArchitecture) -> Any:
     stock = architecture.stock("Config")
     fields = {
         "model_type": f"papa-{base}",
+        "_auto_class": "AutoConfig",
         "__module__": __name__,
         "__doc__": f"`{stock.__name__}` with PAPA's fields.\n\n{PapaConfigFields.__doc__}",
     }
@@ -522,6 +523,7 @@ def _model_class(name: str, suffix: str, architecture: PapaArchitecture) -> Any:
     fields = {
         "config_class": getattr(sys.modules[__name__], f"Papa{architecture.prefix}Config"),
         "architecture": architecture,
+        "_auto_class": f"AutoModel{suffix}",
         "__module__": __name__,
         "__doc__": f"{architecture.prefix}: {task.__doc__}",
     }
@@ -529,14 +531,11 @@ def _model_class(name: str, suffix: str, architecture: PapaArchitecture) -> Any:
 
 
 def register() -> None:
-    """Registers all PAPA classes with the Auto classes of transformers, and marks them to be saved with their code."""
+    """Registers all PAPA classes with the Auto classes of transformers."""
     this_module = sys.modules[__name__]
     for architecture in PAPA_ARCHITECTURES.values():
         config_class = getattr(this_module, f"Papa{architecture.prefix}Config")
-        transformers.AutoConfig.register(config_class.model_type, config_class)
-        config_class.register_for_auto_class()
+        transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         for suffix in _TASKS:
             model_class = getattr(this_module, f"Papa{architecture.prefix}{suffix}")
-            auto_class = f"AutoModel{suffix}"
-            getattr(transformers, auto_class).register(config_class, model_class)
-            model_class.register_for_auto_class(auto_class)
+            getattr(transformers, f"AutoModel{suffix}").register(config_class, model_class, exist_ok=True)

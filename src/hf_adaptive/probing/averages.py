@@ -1,7 +1,7 @@
 """Average attention matrices over real text, the constants of PAPA (arXiv 2211.03495)."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -169,7 +169,7 @@ def mean_attention(
     """
     averages = _started(model, max_length, path)
     loader = _batches(dataloader_or_dataset, batch_size, model.config)
-    total = len(loader) if isinstance(loader, DataLoader) and not _is_iterable_dataset(loader) else None
+    total = len(loader) if isinstance(loader.dataset, Sized) else None
     progress = tqdm(
         islice(loader, averages.batches, None), total=total, initial=averages.batches, desc="mean attention"
     )
@@ -210,11 +210,7 @@ def _started(model: PreTrainedModel, max_length: int, path: str | os.PathLike | 
         raise ValueError(f"cannot resume from {path}: {error} Choose another path, or remove the file.") from error
 
 
-def _is_iterable_dataset(loader: DataLoader) -> bool:
-    return isinstance(loader.dataset, torch.utils.data.IterableDataset)
-
-
-def _batches(data: Iterable[Any], batch_size: int, config: PreTrainedConfig) -> Iterable[Mapping[str, torch.Tensor]]:
+def _batches(data: Iterable[Any], batch_size: int, config: PreTrainedConfig) -> DataLoader:
     if isinstance(data, DataLoader):
         return data
     if isinstance(data, Mapping):
@@ -222,13 +218,14 @@ def _batches(data: Iterable[Any], batch_size: int, config: PreTrainedConfig) -> 
             f"expected a dataset or a DataLoader, got a mapping with the keys {list(data)}. Did you mean one of "
             "its splits?"
         )
+    dataset: Any = data if isinstance(data, Sized) else _Examples(data)
     return DataLoader(
-        _Examples(data), batch_size=batch_size, collate_fn=lambda examples: _padded(examples, config.pad_token_id)
+        dataset, batch_size=batch_size, collate_fn=lambda examples: _padded(examples, config.pad_token_id)
     )
 
 
 class _Examples(torch.utils.data.IterableDataset):
-    """Any iterable of examples as a dataset."""
+    """A stream of examples as a dataset."""
 
     def __init__(self, examples: Iterable[Mapping[str, Any]]) -> None:
         self.examples = examples
