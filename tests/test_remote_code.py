@@ -5,11 +5,11 @@ import shutil
 
 import pytest
 import torch
-from tests import fresh_process, tiny
-from tests.without_package import answers, classified
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 import hf_adaptive
+from tests import fresh_process, tiny
+from tests.without_package import answers, classified
 
 TEXTS = tiny.sentences(12)
 INPUTS = tiny.batch(rows=12)
@@ -53,7 +53,7 @@ def elsewhere(models, tmp_path_factory):
 @pytest.mark.parametrize("source", ["folder", "hub"])
 def test_answers_are_the_same_bits(name, source, models, elsewhere):
     model, path = models[name]
-    found, tensors = elsewhere[0][f"{name}-{source}"]
+    _, tensors = elsewhere[0][f"{name}-{source}"]
     expected = answers(model, INPUTS, tiny.thresholds_between(model, INPUTS))
     for key, tensor in expected.items():
         assert torch.equal(tensors[key].nan_to_num(7.0), tensor.nan_to_num(7.0)), key
@@ -64,7 +64,7 @@ def test_answers_are_the_same_bits(name, source, models, elsewhere):
 
 @pytest.mark.parametrize("source", ["folder", "hub"])
 def test_pipelines_say_the_same(name, source, models, elsewhere):
-    model, path = models[name]
+    _, path = models[name]
     expected = classified(str(path), AutoTokenizer.from_pretrained(path), TEXTS)
     texts = elsewhere[0][f"{name}-{source}"][0]["texts"]
     assert texts == expected

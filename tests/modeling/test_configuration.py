@@ -6,10 +6,10 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests import tiny
 from transformers import AutoConfig
 
 import hf_adaptive
+from tests import tiny
 
 BAD = [
     ("exit_layers", [0, 4], "between 1 and 4.*not 0"),

@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from tests import tiny
 
 import hf_adaptive
+from tests import tiny
 
 MODELS = {
     (name, pooling): tiny.model(name, exit_pooling=pooling)

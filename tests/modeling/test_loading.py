@@ -6,11 +6,11 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests import tiny
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 import hf_adaptive
 from hf_adaptive import AutoModelForSequenceClassificationWithExits as WithExits
+from tests import tiny
 
 # Parts of the stock head, and of the pretrained pooler that a stock classifier leaves out, as in the state dict.
 STOCK_HEAD = {

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from tests import tiny
 from torch.nn import functional
+
+from tests import tiny
 
 ROWS = 6
 WEIGHTS = [0.25, 0.0, 3.0]

@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests import tiny
 
 from hf_adaptive.modeling.heads import pool
+from tests import tiny
 
 POOLINGS = ("cls", "mean", "last")
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from tests import tiny
 
 ROUTINGS = ("joint", "sweet", "disjoint", 0, 0.3, 1)

@@ -12,10 +12,10 @@ import huggingface_hub
 import pytest
 import torch
 import transformers.modeling_utils
-from tests import tiny
 
 import hf_adaptive
 from hf_adaptive import AutoModelForSequenceClassificationWithExits as WithExits
+from tests import tiny
 
 
 def content(folder):
