@@ -4,11 +4,13 @@ The classes are made when they are first asked for (`architectures.BertWithExits
 with `trust_remote_code=True` imports one architecture's code and not all of them.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
 import transformers
+from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 from .configuration import ExitsConfigMixin
@@ -25,30 +27,43 @@ class Architecture:
             `BertForSequenceClassification`.
         layers (`str`): Path of the backbone's `nn.ModuleList` of layers.
         head (`Head`): How its own classification head is built.
-        pooling (`str`): Default of `exit_pooling`.
+        pooling (`str` or `Callable`): Default of `exit_pooling`, if need be from the configuration.
         final_norm (`str`, *optional*): Path of the normalisation that the backbone applies after the last layer.
         pretrained_pooler (`str`, *optional*): Path in the backbone of a pretrained linear pooler that its stock
             classifier leaves out; an exit's dense layer starts from it.
-        shares_layers (`bool`): Whether all layers are one module (ALBERT).
+        shares_layers (`bool`): Whether all layers are one module (ALBERT). With `exit_routing="sweet"` the module
+            learns from the first exit only: what it learned from a later one would change the layers before it, too.
+            A routing between 0 and 1 is refused for the same reason.
         model_arguments (`dict`): Keyword arguments of the backbone's constructor.
         forward_arguments (`dict`): Keyword arguments of the backbone's forward.
+        base (`str`, *optional*): Name of the common base class, where it is not `…PreTrainedModel`.
         source (`ModuleType`): The module that holds the classes.
     """
 
     name: str
     layers: str
     head: Head
-    pooling: str = "cls"
+    pooling: str | Callable[[Any], str] = "cls"
     final_norm: str | None = None
     pretrained_pooler: str | None = None
     shares_layers: bool = False
     model_arguments: dict[str, Any] = field(default_factory=dict)
     forward_arguments: dict[str, Any] = field(default_factory=dict)
+    base: str | None = None
     source: ModuleType = transformers
 
     def stock(self, suffix: str) -> type:
         """The stock class of this architecture with this suffix, such as `Config` or `Model`."""
         return getattr(self.source, self.name + suffix)
+
+    @property
+    def stock_base(self) -> type:
+        """The class that all models of this architecture come from."""
+        return self.stock("PreTrainedModel") if self.base is None else getattr(self.source, self.base)
+
+    def default_pooling(self, config: Any) -> str:
+        """Default of `exit_pooling` for a configuration."""
+        return self.pooling if isinstance(self.pooling, str) else self.pooling(config)
 
     @property
     def model_type(self) -> str:
@@ -81,7 +96,6 @@ def _deberta_dropout(config: Any) -> float:
     return config.hidden_dropout_prob if dropout is None else dropout
 
 
-_BERT_HEAD = Head("classifier", dense="bert.pooler.dense", dropout=_classifier_dropout)
 _ROBERTA_HEAD = Head(
     "classifier.out_proj", dense="classifier.dense", input_dropout=_classifier_dropout, dropout=_classifier_dropout
 )
@@ -98,17 +112,82 @@ _DEBERTA_HEAD = Head(
     input_dropout=lambda config: config.pooler_dropout,
     dropout=_deberta_dropout,
 )
+_BERT_POOLER_HEADS = {
+    prefix: Head("classifier", dense=f"{prefix}.pooler.dense", dropout=_classifier_dropout)
+    for prefix in ("bert", "ernie", "nomic_bert")
+}
+_ALBERT_HEAD = Head("classifier", dense="albert.pooler", dropout=lambda config: config.classifier_dropout_prob)
+_DISTILBERT_HEAD = Head(
+    "classifier", dense="pre_classifier", activation="relu", dropout=lambda config: config.seq_classif_dropout
+)
+_ELECTRA_HEAD = replace(_ROBERTA_HEAD, activation="gelu")
+_MODERNBERT_HEAD = Head(
+    "classifier",
+    dense="head.dense",
+    dense_bias=lambda config: config.classifier_bias,
+    activation="classifier_activation",
+    norm="head.norm",
+    build_norm=lambda config: nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias),
+    dropout=lambda config: config.classifier_dropout,
+)
+_EUROBERT_HEAD = Head("classifier", dense="dense", activation="gelu")
+_DECODER_HEAD = Head("score", classifier_bias=lambda config: False)
+
+
+def _eurobert_pooling(config: Any) -> str:
+    return {"bos": "cls"}.get(config.classifier_pooling, config.classifier_pooling)
+
+
 _NO_POOLER = {"add_pooling_layer": False}
+# An exit needs no keys and values of earlier calls.
+_NO_CACHE = {"use_cache": False}
+_DECODER: dict[str, Any] = {
+    "layers": "layers",
+    "head": _DECODER_HEAD,
+    "pooling": "last",
+    "final_norm": "norm",
+    "forward_arguments": _NO_CACHE,
+}
+_ROBERTA: dict[str, Any] = {
+    "layers": "encoder.layer",
+    "head": _ROBERTA_HEAD,
+    "pretrained_pooler": "pooler.dense",
+    "model_arguments": _NO_POOLER,
+}
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "bert": Architecture("Bert", "encoder.layer", _BERT_HEAD, model_arguments=_NO_POOLER),
+    "albert": Architecture(
+        "Albert", "encoder.albert_layer_groups", _ALBERT_HEAD, shares_layers=True, model_arguments=_NO_POOLER
+    ),
+    "bert": Architecture("Bert", "encoder.layer", _BERT_POOLER_HEADS["bert"], model_arguments=_NO_POOLER),
+    "camembert": Architecture("Camembert", **_ROBERTA),
     "deberta": Architecture("Deberta", "encoder.layer", _DEBERTA_HEAD),
+    "deberta-v2": Architecture("DebertaV2", "encoder.layer", _DEBERTA_HEAD),
+    "distilbert": Architecture("DistilBert", "transformer.layer", _DISTILBERT_HEAD),
+    "electra": Architecture("Electra", "encoder.layer", _ELECTRA_HEAD),
+    "ernie": Architecture("Ernie", "encoder.layer", _BERT_POOLER_HEADS["ernie"], model_arguments=_NO_POOLER),
+    "eurobert": Architecture("EuroBert", "layers", _EUROBERT_HEAD, pooling=_eurobert_pooling, final_norm="norm"),
+    "gemma": Architecture("Gemma", **_DECODER),
+    "gemma2": Architecture("Gemma2", **_DECODER),
+    "gemma3_text": Architecture("Gemma3Text", base="Gemma3PreTrainedModel", **_DECODER),
+    "gpt2": Architecture("GPT2", **{**_DECODER, "layers": "h", "final_norm": "ln_f"}),
+    "llama": Architecture("Llama", **_DECODER),
+    "mistral": Architecture("Mistral", **_DECODER),
+    "modernbert": Architecture(
+        "ModernBert",
+        "layers",
+        _MODERNBERT_HEAD,
+        pooling=lambda config: config.classifier_pooling,
+        final_norm="final_norm",
+    ),
     "mpnet": Architecture(
         "MPNet", "encoder.layer", _MPNET_HEAD, pretrained_pooler="pooler.dense", model_arguments=_NO_POOLER
     ),
-    "roberta": Architecture(
-        "Roberta", "encoder.layer", _ROBERTA_HEAD, pretrained_pooler="pooler.dense", model_arguments=_NO_POOLER
-    ),
+    "nomic_bert": Architecture("NomicBert", "layers", _BERT_POOLER_HEADS["nomic_bert"]),
+    "qwen2": Architecture("Qwen2", **_DECODER),
+    "qwen3": Architecture("Qwen3", **_DECODER),
+    "roberta": Architecture("Roberta", **_ROBERTA),
+    "xlm-roberta": Architecture("XLMRoberta", **_ROBERTA),
 }
 
 
@@ -196,7 +275,7 @@ def _make_backbone(architecture: Architecture) -> type:
 def _make_classifier(architecture: Architecture) -> type:
     return _make(
         architecture.classifier_name,
-        (ExitsMixin, architecture.stock("PreTrainedModel")),
+        (ExitsMixin, architecture.stock_base),
         "AutoModelForSequenceClassification",
         architecture,
         __doc__=f"{architecture.name} with a classifier after each of `config.exit_layers`. {ExitsMixin.__doc__}",

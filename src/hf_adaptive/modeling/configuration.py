@@ -28,7 +28,7 @@ class ExitsConfigMixin:
             exit's gradient that passes each boundary, from 0 (as `sweet`) to 1 (as `joint`).
         exit_loss_weights (`list[float]`, *optional*): Weight of each exit's loss; None for 1 each.
         exit_pooling (`str`, *optional*): What an exit's head sees: `cls` (first token), `mean` (of the real tokens) or
-            `last` (last real token). Default by architecture.
+            `last` (last real token), or `late` (mean after the head's dense layer). Default by architecture.
         exit_criterion (`str`): What is compared with the thresholds.
         exit_thresholds (`list[float | None]`, *optional*): One for each exit but the last; None for an exit that
             nothing may take. A single number stands for all. None: run everything.
@@ -60,7 +60,7 @@ class ExitsConfigMixin:
         if self.exit_layers is None:
             self.exit_layers = default_exit_layers(self.num_hidden_layers)
         if self.exit_pooling is None:
-            self.exit_pooling = self.architecture.pooling
+            self.exit_pooling = self.architecture.default_pooling(self)
         check_exit_layers(self.exit_layers, self.num_hidden_layers)
         self.exit_layers = list(self.exit_layers)
         check_routing(self.exit_routing)

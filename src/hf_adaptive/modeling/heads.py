@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-POOLINGS = ("cls", "mean", "last")
+POOLINGS = ("cls", "mean", "last", "late")
 
 
 class CertaintyUnit(nn.Module):
@@ -94,23 +94,26 @@ class ExitHead(nn.Module):
 
         Args:
             hidden (`torch.Tensor` of shape `(rows, length, hidden)`): Output of the exit's layer.
-            pooling (`str`): `cls`, `mean` or `last`.
+            pooling (`str`): `cls`, `mean`, `last`, or `late` (the mean is taken after dense layer and norm).
             mask (`torch.Tensor` of shape `(rows, length)`, *optional*): 1 at real tokens; None if all are real.
 
         Returns:
             `torch.Tensor` of shape `(rows, hidden)`.
         """
+        if pooling == "late":
+            return self.dropout(pool(self._transformed(self._normalised(hidden)), "mean", mask))
         if pooling == "mean":
             # A normalisation belongs to each token, as in the backbone.
             vector = pool(self._normalised(hidden), pooling, mask)
         else:
             vector = self._normalised(pool(hidden, pooling, mask))
+        return self.dropout(self._transformed(vector))
+
+    def _transformed(self, vector: torch.Tensor) -> torch.Tensor:
         vector = self.input_dropout(vector)
         if self.dense is not None:
             vector = self.activation(self.dense(vector))
-        if self.norm is not None:
-            vector = self.norm(vector)
-        return self.dropout(vector)
+        return vector if self.norm is None else self.norm(vector)
 
     def _normalised(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden if self.final_norm is None else self.final_norm(hidden)

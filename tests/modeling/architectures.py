@@ -1,0 +1,150 @@
+"""Tiny random models of every architecture, and the README's table of them.
+
+    python -m tests.modeling.architectures
+
+writes that table into README.md again after an entry was added or changed.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import hf_adaptive
+from tests import tiny
+
+README = Path(__file__).parents[2] / "README.md"
+MARKERS = "<!-- architectures -->", "<!-- /architectures -->"
+
+NAMES = tuple(sorted(hf_adaptive.ARCHITECTURES))
+DECODERS = tuple(name for name in NAMES if hf_adaptive.ARCHITECTURES[name].pooling == "last")
+HIDDEN, LAYERS, VOCABULARY, PAD = 32, 4, tiny.VOCABULARY, tiny.PAD
+EXIT_LAYERS = [1, 2, 4]
+# Positions of their own, learned: a row's answer depends on where left padding put it, unless it is told.
+LEARNED_POSITIONS = ("gpt2",)
+
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 48,
+    "pad_token_id": PAD,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    # Larger than the usual 0.02, so that exits differ and thresholds between them exist.
+    "initializer_range": 0.2,
+}
+_ENCODER = {"intermediate_size": 48, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+_GROUPED = {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8}
+_DEBERTA = {
+    **_ENCODER,
+    "relative_attention": True,
+    "pos_att_type": ["c2p", "p2c"],
+    "position_biased_input": False,
+    "pooler_hidden_size": HIDDEN,
+    "pooler_dropout": 0.0,
+    "type_vocab_size": 0,
+}
+# Half of the layers see a window that is shorter than the longest row.
+_WINDOWS = ["sliding_attention", "full_attention"] * (LAYERS // 2)
+_ROTARY = {name: {"rope_type": "default", "rope_theta": 1e4} for name in ("sliding_attention", "full_attention")}
+_FIELDS: dict[str, dict[str, Any]] = {
+    "albert": {**_ENCODER, "embedding_size": 16, "classifier_dropout_prob": 0.0},
+    "deberta": {**_DEBERTA, "max_relative_positions": 16},
+    # As DeBERTa-v3: buckets, one projection for content and position, a normalised table of positions; and the
+    # convolution of v2's largest sizes.
+    "deberta-v2": {
+        **_DEBERTA,
+        "max_relative_positions": 16,
+        "position_buckets": 8,
+        "share_att_key": True,
+        "norm_rel_ebd": "layer_norm",
+        "conv_kernel_size": 3,
+        "conv_act": "gelu",
+    },
+    "distilbert": {"hidden_dim": 48, "dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0},
+    "electra": {**_ENCODER, "embedding_size": 16},
+    "eurobert": _GROUPED,
+    "gemma": _GROUPED,
+    "gemma2": {**_GROUPED, "sliding_window": 8, "layer_types": _WINDOWS},
+    "gemma3_text": {**_GROUPED, "sliding_window": 8, "layer_types": _WINDOWS, "rope_parameters": _ROTARY},
+    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "llama": _GROUPED,
+    "mistral": {**_GROUPED, "sliding_window": 8},
+    "modernbert": {
+        "intermediate_size": 48,
+        "local_attention": 8,
+        "layer_types": _WINDOWS,
+        "cls_token_id": 0,
+        "sep_token_id": 2,
+    },
+    "nomic_bert": _ENCODER,
+    "qwen2": {**_GROUPED, "use_sliding_window": True, "sliding_window": 8, "layer_types": _WINDOWS},
+    "qwen3": _GROUPED,
+}
+
+
+def fields(name: str, **changed: Any) -> dict[str, Any]:
+    """Fields of a tiny stock configuration with three labels and without dropout."""
+    values = {**_SIZES, **_FIELDS.get(name, _ENCODER), "num_labels": 3, **changed}
+    # GPT-2 has heads of one size only.
+    return {key: value for key, value in values.items() if not (name == "gpt2" and key == "head_dim")}
+
+
+def stock(name: str, suffix: str = "ForSequenceClassification", **changed: Any):
+    """A stock model with random weights, in evaluation mode."""
+    torch.manual_seed(0)
+    architecture = hf_adaptive.ARCHITECTURES[name]
+    return architecture.stock(suffix)(architecture.stock("Config")(**fields(name, **changed))).eval()
+
+
+def config(name: str, **changed: Any):
+    """A tiny configuration with exits after 1, 2 and 4 layers."""
+    config_class = hf_adaptive.make_class(hf_adaptive.ARCHITECTURES[name].config_name)
+    return config_class(**fields(name, **{"exit_layers": EXIT_LAYERS, **changed}))
+
+
+def model(name: str, **changed: Any):
+    """A tiny model with exits and random weights that counts as trained, in evaluation mode."""
+    torch.manual_seed(0)
+    own = hf_adaptive.make_class(hf_adaptive.ARCHITECTURES[name].classifier_name)(config(name, **changed))
+    own._exits_are_untrained = False
+    return own.eval()
+
+
+def positions(name: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The positions without padding, where an architecture has to be told them."""
+    if name not in LEARNED_POSITIONS:
+        return {}
+    return {"position_ids": (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)}
+
+
+def table() -> str:
+    """The README's table of architectures, made from the registry."""
+    lines = ["| Architecture | Class | Head | Pooling by default | SWEET |", "|---|---|---|---|---|"]
+    for name in sorted(hf_adaptive.ARCHITECTURES):
+        own = hf_adaptive.ARCHITECTURES[name]
+        if own.source.__name__ != "transformers":
+            continue
+        parts = " → ".join(f"`{path}`" for path in own.head.sources.values())
+        pooling = f"`{own.pooling}`" if isinstance(own.pooling, str) else "as `classifier_pooling` says"
+        sweet = "first exit trains the shared layer" if own.shares_layers else "each exit trains its own layers"
+        lines.append(f"| `{name}` | `{own.classifier_name}` | {parts} | {pooling} | {sweet} |")
+    return "\n".join(lines)
+
+
+def section() -> str:
+    """The table between the markers that stand around it in README.md."""
+    return f"{MARKERS[0]}\n\n{table()}\n\n{MARKERS[1]}"
+
+
+def write_table() -> None:
+    """Replaces the table in README.md."""
+    text = README.read_text()
+    start, end = text.index(MARKERS[0]), text.index(MARKERS[1]) + len(MARKERS[1])
+    README.write_text(text[:start] + section() + text[end:])
+
+
+if __name__ == "__main__":
+    write_table()
