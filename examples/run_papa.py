@@ -188,7 +188,7 @@ class Study:
         model = self._model(averages, [], None, self.arguments.seeds[0])
         ranking = rank_heads(
             model,
-            averages.average,
+            averages,
             self.train,
             self._training_arguments(self.arguments.seeds[0]),
             data_collator=self._collator(),

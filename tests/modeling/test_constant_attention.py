@@ -201,6 +201,12 @@ def test_installs_on_the_meta_device(family):
     assert {weight.device.type for weight in on_meta.values()} == {"meta"}
 
 
+def test_installing_twice_is_an_error():
+    model = backbone("bert")
+    with pytest.raises(ValueError, match="constant heads already"):
+        install_constant_heads(model, model.config)
+
+
 @pytest.mark.parametrize("family", golden.FAMILIES)
 def test_a_copy_is_a_model_of_its_own(family):
     model = backbone(family)

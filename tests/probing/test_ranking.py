@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from hf_adaptive import rank_heads
+from hf_adaptive import mean_attention, rank_heads
 from hf_adaptive.probing import HeadRanking
 from hf_adaptive.probing.ranking import install_interpolation
 from tests import golden_papa as golden
@@ -106,6 +106,10 @@ def test_bad_input_is_named(tmp_path):
         rank_heads(golden.model("bert", [[0, 0], [1, 1]]), golden.averages("bert"), rows(), arguments(tmp_path))
     with pytest.raises(ValueError, match="must have the shape"):
         rank_heads(golden.model("bert", []), golden.averages("bert")[:, :3], rows(), arguments(tmp_path))
+    another = transformers.BertModel(golden.stock_backbone("bert").config)
+    others = mean_attention(another, rows(), golden.LENGTH)
+    with pytest.raises(ValueError, match="collected from another model"):
+        rank_heads(golden.model("bert", []), others, rows(), arguments(tmp_path))
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(ValueError, match="holds no head ranking"):
         HeadRanking.load(tmp_path / "other.json")

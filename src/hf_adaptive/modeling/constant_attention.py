@@ -201,7 +201,8 @@ def install_constant_heads(
             head attends uniformly, until a checkpoint is loaded.
 
     Raises:
-        ValueError: If the architecture is not supported, the configuration is wrong or the constants' shape is.
+        ValueError: If the architecture is not supported, the configuration or the constants' shape is wrong, or the
+            backbone has constant heads already.
     """
     check_constant_heads(config)
     if constants is not None:
@@ -209,6 +210,8 @@ def install_constant_heads(
     if not config.constant_heads:
         return
     layout = attention_layout(backbone)
+    if any(isinstance(module, ConstantHeadsMixin) for module in backbone.modules()):
+        raise ValueError("the backbone has constant heads already. Install all of them at once, in a plain backbone.")
     for index, attention in enumerate(self_attentions(backbone)):
         heads = [head for layer, head in config.constant_heads if layer == index]
         if heads:

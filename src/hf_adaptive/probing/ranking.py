@@ -27,6 +27,7 @@ from ..modeling.constant_attention import (
     constant_attention,
     self_attentions,
 )
+from .averages import MeanAttention
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class HeadRanking:
 
 def rank_heads(
     model: Any,
-    constants: torch.Tensor,
+    constants: torch.Tensor | MeanAttention,
     train_dataset: Dataset,
     args: TrainingArguments,
     *,
@@ -81,7 +82,8 @@ def rank_heads(
     Args:
         model (`PreTrainedModel`): A `Papa…ForSequenceClassification` or `…ForTokenClassification` without constant
             heads, with `constant_length`.
-        constants (`torch.Tensor`): Average attention `(layers, heads, constant_length, constant_length)`.
+        constants (`torch.Tensor` or `MeanAttention`): Average attention `(layers, heads, constant_length,
+            constant_length)`, or what `mean_attention` returned, which is also checked to come from this model.
         train_dataset (`Dataset`): Tokenized, with labels.
         args (`TrainingArguments`): For the `Trainer`. The ranking is saved as `head_ranking.json` in its output
             folder.
@@ -96,6 +98,8 @@ def rank_heads(
             f"rank_heads needs a model without constant heads, got one with {len(model.config.constant_heads)}. "
             "Convert the plain checkpoint with constant_heads=[] and constant_length=…"
         )
+    if isinstance(constants, MeanAttention):
+        constants = constants.average_for(model)
     mixed = copy.deepcopy(model)
     mixed.set_trainable_part("probe")
     lambdas = install_interpolation(mixed, constants)
