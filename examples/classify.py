@@ -5,14 +5,13 @@ python examples/classify.py outputs/quickstart/checkpoint "A masterpiece." "Dull
 
 import sys
 
-sys.modules["hf_adaptive"] = None  # any import of the package fails: the code comes with the checkpoint
-
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 
 def main(checkpoint: str, sentences: list[str]) -> None:
     """Prints each sentence's class, the layer after which it left, and how sure the model was."""
+    sys.modules["hf_adaptive"] = None  # any import of the package fails: the code comes with the checkpoint
     model = AutoModelForSequenceClassification.from_pretrained(checkpoint, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
     with torch.no_grad():

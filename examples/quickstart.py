@@ -18,6 +18,7 @@ from text_data import DataArguments, encoder_path, load_splits
 from transformers import AutoTokenizer, DataCollatorWithPadding, HfArgumentParser, TrainingArguments, set_seed
 
 from hf_adaptive import AutoModelForSequenceClassificationWithExits, ExitReport, ExitsTrainer, evaluate_exits
+from hf_adaptive.hub import model_card, write_model_card
 
 CLASSIFY = Path(__file__).parent / "classify.py"
 SENTENCES = {
@@ -64,6 +65,7 @@ def main() -> None:
     set_seed(training_arguments.seed)
     checkpoint = Path(training_arguments.output_dir) / "checkpoint"
 
+    name = Path(training_arguments.output_dir).name
     path = encoder_path(model_arguments.model)
     tokenizer = AutoTokenizer.from_pretrained(path)
     splits = tokenised(load_splits(data_arguments), tokenizer, data_arguments.max_length)
@@ -76,9 +78,12 @@ def main() -> None:
     trainer.report.plot(checkpoint / "exits.png")
     model.save_pretrained(checkpoint)
     tokenizer.save_pretrained(checkpoint)
-    print(
-        f"\nCheckpoint: {checkpoint} · plot: {checkpoint / 'exits.png'} · card: {training_arguments.output_dir}/README.md"
+    write_model_card(
+        model_card(model, trainer.report, repo_id=name, dataset_name=data_arguments.dataset),
+        checkpoint,
+        overwrite=True,
     )
+    print(f"\nCheckpoint, with plot (exits.png) and card (README.md): {checkpoint}")
     sentences = SENTENCES.get(data_arguments.dataset) or [text[:100] for text in splits["test"]["text"][:4]]
     print("\nIn a fresh process, without hf_adaptive:", flush=True)
     subprocess.run([sys.executable, str(CLASSIFY), str(checkpoint), *sentences], check=True)

@@ -1,0 +1,82 @@
+"""The examples run from the command line, on a tiny encoder and a local file."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(script, *arguments, folder):
+    """Runs an example as a user would, from a folder of its own; returns what it printed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
+    finished = subprocess.run(
+        [sys.executable, str(EXAMPLES / script), *map(str, arguments)],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return finished.stdout
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoder")
+    tiny.plain_model("bert", "Model").save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "pairs.csv"
+    texts = tiny.sentences(240)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["first", "second", "answer"])
+        for first, second in zip(texts[::2], texts[1::2]):
+            writer.writerow([first, second, "same" if ("good" in first) == ("good" in second) else "other"])
+    return path
+
+
+@pytest.fixture(scope="module")
+def quickstart(encoder, pairs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quickstart")
+    printed = run(
+        "quickstart.py",
+        *("--model", encoder, "--dataset", pairs, "--text_column", "first", "--text_pair_column", "second"),
+        *("--label_column", "answer", "--exit_layers", 1, 2, 4, "--num_train_epochs", 1, "--output_dir", "out"),
+        *("--use_cpu", "True", "--max_length", 32),
+        folder=folder,
+    )
+    return folder, printed
+
+
+def test_quickstart_on_pairs_from_a_local_file(quickstart):
+    folder, printed = quickstart
+    assert "Operating point" in printed
+    sentences = [line for line in printed.splitlines() if "sure, after layer" in line]
+    assert len(sentences) == 4
+    assert all(line.split()[0] in ("same", "other") for line in sentences)
+    assert (folder / "out" / "checkpoint" / "model.safetensors").exists()
+    assert (folder / "out" / "checkpoint" / "exits.png").exists()
+    assert "What each exit is worth" in (folder / "out" / "checkpoint" / "README.md").read_text()
+
+
+def test_quickstart_names_a_column_that_is_not_there(encoder, pairs, tmp_path):
+    finished = subprocess.run(
+        [sys.executable, str(EXAMPLES / "quickstart.py"), "--model", str(encoder), "--dataset", str(pairs)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode != 0
+    assert "has no column ['text', 'label']; it has ['first', 'second', 'answer']" in finished.stderr
