@@ -2,19 +2,22 @@
 
 from .auto import AutoModelForSequenceClassificationWithExits
 from .evaluation import ExitReport, evaluate_exits
+from .modeling import papa
 from .modeling.architectures import ARCHITECTURES, Architecture, make_class, register_architecture
 from .modeling.heads import Head
 from .modeling.outputs import SequenceClassifierWithExitsOutput
+from .probing import mean_attention, rank_heads
 from .training import ExitsTrainer
 from .version import __version__
 
 for _architecture in list(ARCHITECTURES.values()):
     register_architecture(_architecture)
+papa.register()
 
 
 def __getattr__(name: str) -> type:
-    """`BertForSequenceClassificationWithExits`, `BertWithExitsConfig`, … for every architecture."""
-    return make_class(name)
+    """The classes of every architecture: `BertWithExitsConfig`, `PapaBertForMaskedLM`, …"""
+    return getattr(papa, name) if name.startswith("Papa") else make_class(name)
 
 
 __all__ = [
@@ -27,10 +30,13 @@ __all__ = [
     "SequenceClassifierWithExitsOutput",
     "__version__",
     "evaluate_exits",
+    "mean_attention",
+    "rank_heads",
     "register_architecture",
     *(
         name
         for architecture in ARCHITECTURES.values()
         for name in (architecture.config_name, architecture.classifier_name)
     ),
+    *papa.__all__,
 ]

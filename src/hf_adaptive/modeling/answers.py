@@ -57,14 +57,13 @@ class Answers:
         """All exits reached, none taken but the last."""
         logits = torch.stack([answer.logits for answer in answers], dim=1)
         exit_index = torch.full((len(logits),), len(answers) - 1, dtype=torch.long, device=logits.device)
-        has_certainty = answers[0].certainty is not None
-        certainty = torch.stack([answer.certainty for answer in answers], dim=1) if has_certainty else None
-        return cls(logits, exit_index, certainty)
+        certainties = [answer.certainty for answer in answers if answer.certainty is not None]
+        return cls(logits, exit_index, torch.stack(certainties, dim=1) if certainties else None)
 
-    def note(self, rows: torch.Tensor, index: int, answer: ExitAnswer) -> None:
-        """Writes down what one exit says of some rows."""
+    def note(self, rows: torch.Tensor, index: int | slice, answer: ExitAnswer) -> None:
+        """Writes down what one exit, or every one, says of some rows."""
         self.logits[rows, index] = answer.logits
-        if self.certainty is not None:
+        if self.certainty is not None and answer.certainty is not None:
             self.certainty[rows, index] = answer.certainty
 
     def evidence(self, index: int, config: Any, rows: torch.Tensor | slice = slice(None)) -> Evidence:
@@ -147,6 +146,7 @@ class Leaving:
 
     def decide(self, index: int) -> None:
         """Lets rows leave. One transfer from the device tells who stays and how far their tokens reach."""
+        assert self.answers is not None, "an exit answers before rows leave there"
         evidence = self.answers.evidence(index, self.config, self.rows)
         leaves = self.policy.leaves(index, evidence)
         last = len(self.exit_layers) - 1
@@ -156,7 +156,9 @@ class Leaving:
         warn_of_nan(self.exit_layers[index], int(is_nan.sum()), len(self.rows))
         self.staying = (leaves == 0).nonzero().flatten()
         if len(self.staying):
-            self.window = int(start[self.staying].min()), int(stop[self.staying].max())
+            # Constant attention goes by the position, so padding on the left has to stay.
+            first = 0 if self.config.constant_heads else int(start[self.staying].min())
+            self.window = first, int(stop[self.staying].max())
 
     def shrink(self, hidden: torch.Tensor) -> torch.Tensor:
         """Keeps the rows that stay, without the padding that only rows gone needed; returns their hidden state."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 from .configuration import ExitsConfigMixin
 from .exits import ExitsMixin
@@ -33,7 +33,11 @@ class Architecture:
             classifier leaves out; an exit's dense layer starts from it.
         shares_layers (`bool`): Whether all layers are one module (ALBERT). With `exit_routing="sweet"` the module
             learns from the first exit only: what it learned from a later one would change the layers before it, too.
-            A routing between 0 and 1 is refused for the same reason.
+            A routing between 0 and 1 is refused for the same reason. (A module that starts later, as ALBERT's second
+            group would, learns from the first exit that it is run for.)
+        positions_from_mask (`bool`): Whether the backbone adds learned positions that it counts from the first token
+            on, padding or not, although it is padded on the left (GPT-2). They are then counted from the first real
+            token on, so that such a row gets the answer that it gets alone.
         model_arguments (`dict`): Keyword arguments of the backbone's constructor.
         forward_arguments (`dict`): Keyword arguments of the backbone's forward.
         base (`str`, *optional*): Name of the common base class, where it is not `…PreTrainedModel`.
@@ -47,12 +51,13 @@ class Architecture:
     final_norm: str | None = None
     pretrained_pooler: str | None = None
     shares_layers: bool = False
+    positions_from_mask: bool = False
     model_arguments: dict[str, Any] = field(default_factory=dict)
     forward_arguments: dict[str, Any] = field(default_factory=dict)
     base: str | None = None
     source: ModuleType = transformers
 
-    def stock(self, suffix: str) -> type:
+    def stock(self, suffix: str) -> Any:
         """The stock class of this architecture with this suffix, such as `Config` or `Model`."""
         return getattr(self.source, self.name + suffix)
 
@@ -170,7 +175,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma": Architecture("Gemma", **_DECODER),
     "gemma2": Architecture("Gemma2", **_DECODER),
     "gemma3_text": Architecture("Gemma3Text", base="Gemma3PreTrainedModel", **_DECODER),
-    "gpt2": Architecture("GPT2", **{**_DECODER, "layers": "h", "final_norm": "ln_f"}),
+    "gpt2": Architecture("GPT2", positions_from_mask=True, **{**_DECODER, "layers": "h", "final_norm": "ln_f"}),
     "llama": Architecture("Llama", **_DECODER),
     "mistral": Architecture("Mistral", **_DECODER),
     "modernbert": Architecture(
@@ -213,14 +218,19 @@ def supported_architecture(model_type: str) -> Architecture:
         ValueError: There is none; the message lists those that there are.
     """
     if model_type not in ARCHITECTURES:
+        is_encoder_decoder = model_type in CONFIG_MAPPING and CONFIG_MAPPING[model_type].is_encoder_decoder
+        way_out = (
+            "It is an encoder–decoder, whose answer comes after two stacks of layers: fine-tune one of the others."
+            if is_encoder_decoder
+            else "A backbone with a plain list of layers can be added with hf_adaptive.register_architecture(...)."
+        )
         raise ValueError(
-            f"model_type={model_type!r} cannot have exits; supported are {', '.join(sorted(ARCHITECTURES))}. "
-            "A backbone with a plain list of layers can be added with hf_adaptive.register_architecture(...)."
+            f"model_type={model_type!r} cannot have exits; supported are {', '.join(sorted(ARCHITECTURES))}. {way_out}"
         )
     return ARCHITECTURES[model_type]
 
 
-def make_class(name: str) -> type:
+def make_class(name: str) -> Any:
     """The configuration, backbone or classifier class of this name, made when it is first asked for.
 
     Raises:

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
+from .bases import ConfigBase
+from .constant_attention import check_constant_heads
 from .criteria import CRITERIA
 from .heads import POOLINGS
 from .routing import SHARES
@@ -17,7 +19,7 @@ def default_exit_layers(num_layers: int) -> list[int]:
 
 
 @dataclass(kw_only=True, repr=False)
-class ExitsConfigMixin:
+class ExitsConfigMixin(ConfigBase):
     """Configuration of a classifier with exits: the base architecture's fields and the following.
 
     Args:
@@ -36,12 +38,15 @@ class ExitsConfigMixin:
 
         exit_tolerance (`float`, *optional*): For `exit_criterion="patience"` in regression: numbers that differ by no
             more than this are the same answer.
+        constant_heads (`list[list[int]]`, *optional*): `[layer, head]` pairs, counted from 0, of heads whose attention
+            matrix is a constant (PAPA).
+        constant_length (`int`, *optional*): Size of the constant matrices, and then the longest input, in tokens.
 
     Raises:
         ValueError: For any value that cannot be used; it names the value, what is allowed, and the fix.
     """
 
-    exit_layers: list[int] | None = None
+    exit_layers: list[int] = None  # type: ignore[assignment] # None is replaced at once
     exit_routing: str | float | int = "sweet"
     exit_loss_weights: list[float | int] | None = None
     exit_pooling: str | None = None
@@ -49,9 +54,11 @@ class ExitsConfigMixin:
     exit_thresholds: list[float | int | None] | float | int | None = None
     exit_temperatures: list[float | int] | None = None
     exit_tolerance: float | int | None = None
+    constant_heads: list | None = None
+    constant_length: int | None = None
 
     def __post_init__(self, **kwargs: Any):
-        refuse_unknown_fields(kwargs, "exit_", exit_field_names())
+        refuse_unknown_fields(kwargs, ("exit_", "constant_"), exit_field_names())
         super().__post_init__(**kwargs)
         self._complete_exits()
 
@@ -61,6 +68,8 @@ class ExitsConfigMixin:
             self.exit_layers = default_exit_layers(self.num_hidden_layers)
         if self.exit_pooling is None:
             self.exit_pooling = self.architecture.default_pooling(self)
+        if self.constant_heads is not None:
+            check_constant_heads(self)
         check_exit_layers(self.exit_layers, self.num_hidden_layers)
         self.exit_layers = list(self.exit_layers)
         check_routing(self.exit_routing)
@@ -168,10 +177,10 @@ def exit_field_names() -> tuple[str, ...]:
     return tuple(field.name for field in fields(ExitsConfigMixin))
 
 
-def refuse_unknown_fields(given: dict[str, Any], prefix: str, known: tuple[str, ...]) -> None:
-    """Raises `ValueError` for an unknown field that starts with `prefix`; a typing error would go unnoticed."""
+def refuse_unknown_fields(given: dict[str, Any], prefixes: tuple[str, ...], known: tuple[str, ...]) -> None:
+    """Raises `ValueError` for an unknown field that starts so; a typing error would go unnoticed."""
     for name in given:
-        if name.startswith(prefix):
+        if name.startswith(prefixes):
             closest = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {closest[0]}?" if closest else ""
             raise ValueError(f"unknown configuration field {name!r}; the fields are {', '.join(known)}.{hint}")

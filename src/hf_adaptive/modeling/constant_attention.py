@@ -166,6 +166,39 @@ def _first_fraction(
     return sorted(order[: int(fraction * len(order))])
 
 
+def heads_to_make_constant(
+    choice: str | float | Sequence[Sequence[int]] | None,
+    constants: torch.Tensor | None,
+    config: PreTrainedConfig,
+    ranking: Sequence[Sequence[int]] | None,
+) -> list[list[int]]:
+    """The `[layer, head]` pairs that a conversion is asked for; a ValueError if heads and constants do not match."""
+    if choice is None and constants is not None:
+        raise ValueError(
+            "constants are given but constant_heads is not. Set constant_heads='all', a fraction with head_ranking=…, "
+            "or a list of [layer, head] pairs."
+        )
+    heads = select_heads(choice or [], config.num_hidden_layers, config.num_attention_heads, ranking)
+    if heads and constants is None:
+        raise ValueError(
+            f"constant_heads names {len(heads)} heads but constants are missing. Collect them with mean_attention and "
+            "pass constants=…"
+        )
+    return heads
+
+
+def common_length(constant_length: int | None, constants: torch.Tensor | None) -> int | None:
+    """The length of the constants, which may also be given alone; a ValueError if the two differ."""
+    if constants is None:
+        return constant_length
+    if constant_length not in (None, constants.shape[-1]):
+        raise ValueError(
+            f"constant_length={constant_length} does not fit constants of length {constants.shape[-1]}. Leave it out, "
+            f"or collect the constants with mean_attention(…, max_length={constant_length})."
+        )
+    return constants.shape[-1]
+
+
 def attention_layout(backbone: Any) -> AttentionLayout:
     """The layout of a backbone's self-attention; a ValueError if constant heads do not support the architecture."""
     names = [base.__name__ for base in type(backbone).__mro__ if base.__name__ in SUPPORTED_BACKBONES]

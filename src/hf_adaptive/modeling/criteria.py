@@ -168,6 +168,7 @@ class Learned(Criterion):
         return _grid(0, 1)
 
     def signal(self, evidence: Evidence) -> torch.Tensor:
+        assert evidence.certainty is not None, "a model with this criterion has certainty units"
         return evidence.certainty
 
 
@@ -191,6 +192,7 @@ def _agrees_with_exit_before(evidence: Evidence) -> torch.Tensor:
     if evidence.problem_type == "multi_label_classification":
         answers = logits > 0
         return (answers[:, 1:] == answers[:, :-1]).all(dim=-1).long()
+    assert evidence.tolerance is not None, "checked with the problem type"
     distance = (logits[:, 1:] - logits[:, :-1]).abs().amax(dim=-1)
     return (distance <= evidence.tolerance).long()
 

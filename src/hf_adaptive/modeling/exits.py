@@ -4,18 +4,19 @@ Rotem et al., ACL 2023 (arXiv 2306.02307): early exit, section 2; SWEET, section
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import can_return_tuple, logging
+from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .answers import Answers, ExitAnswer, Leaving, choose_exits, warn_of_nan
+from .constant_attention import initialize_constants, install_constant_heads
 from .criteria import CRITERIA, ForcedPolicy, Policy, ThresholdPolicy
 from .heads import CertaintyUnit, ExitHead
-from .inputs import BackboneInputs
+from .inputs import BackboneInputs, positions_of_real_tokens
 from .layers import LayerList, LayerRun, Pause, Progress, install_layer_list
 from .loading import LoadsPlainCheckpoints
 from .losses import answer_loss, certainty_loss, check_labels, exits_loss, problem_type
@@ -46,6 +47,8 @@ class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, PredictsDatasets):
         self.num_labels = config.num_labels
         backbone = self.architecture.stock("Model")(config, **self.architecture.model_arguments)
         setattr(self, self.base_model_prefix, backbone)
+        if config.constant_heads:
+            install_constant_heads(backbone, config)
         install_layer_list(backbone, self.architecture.layers)
         self.exits = nn.ModuleList(self._make_exit(depth) for depth in config.exit_layers)
         self._exits_are_untrained = True
@@ -59,6 +62,8 @@ class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, PredictsDatasets):
         if isinstance(module, CertaintyUnit):
             init.zeros_(module.least)
             init.ones_(module.largest)
+        if module is self:
+            initialize_constants(module)
 
     def _freeze_if_disjoint(self) -> None:
         """No exit trains the backbone then; called again after loading, which makes new parameters."""
@@ -121,7 +126,7 @@ class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, PredictsDatasets):
             check_labels(labels, inputs.rows, self.config)
         flags = self._output_flags(output_hidden_states, output_attentions)
         if policy is not None and not flags:
-            answers, outputs = self._leave_early(inputs, policy), {}
+            answers, outputs = self._leave_early(inputs, policy), ModelOutput()
         else:
             answers, outputs = self._run_everything(inputs, flags)
             if policy is not None:
@@ -146,11 +151,14 @@ class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, PredictsDatasets):
         position_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor | None,
     ) -> BackboneInputs:
-        if (input_ids is None) == (inputs_embeds is None):
+        main = inputs_embeds if input_ids is None else input_ids
+        if main is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds.")
-        main = input_ids if input_ids is not None else inputs_embeds
         if 0 in main.shape[:2]:
             raise ValueError(f"the batch is empty: shape {tuple(main.shape)}. Give at least one row and one token.")
+        names_tokens = attention_mask is not None and attention_mask.dim() == 2
+        if position_ids is None and names_tokens and self.architecture.positions_from_mask:
+            position_ids = positions_of_real_tokens(attention_mask)
         named = {
             "input_ids": input_ids,
             "inputs_embeds": inputs_embeds,
@@ -256,7 +264,7 @@ class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, PredictsDatasets):
             tuple(self.config.exit_layers[:-1]),
             at_exit,
             shared_gradient=self._shared_gradient,
-            shared_layer_learns=self._shared_layer_learns,
+            may_learn_again=self._may_learn_again,
             progress=progress,
         )
         arguments = {**inputs.tensors, **self.architecture.forward_arguments, **(flags or {})}
@@ -268,15 +276,18 @@ class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, PredictsDatasets):
 
     def _shared_gradient(self, depth: int, tensor: torch.Tensor) -> torch.Tensor:
         # What layers share (DeBERTa's relative embeddings) learns as a layer of the first segment does.
-        boundaries_passed = sum(exit_depth <= depth for exit_depth in self.config.exit_layers)
-        return pass_gradient(tensor, gradient_share(self.config.exit_routing) ** boundaries_passed)
+        return pass_gradient(tensor, gradient_share(self.config.exit_routing) ** self._segment(depth))
 
-    def _shared_layer_learns(self, depth: int) -> bool:
-        is_separated = self.architecture.shares_layers and gradient_share(self.config.exit_routing) == 0
-        return not is_separated or depth < self.config.exit_layers[0]
+    def _may_learn_again(self, first: int, depth: int) -> bool:
+        # A module that several segments run (ALBERT) learns in the first of them only.
+        return gradient_share(self.config.exit_routing) > 0 or self._segment(first) == self._segment(depth)
+
+    def _segment(self, depth: int) -> int:
+        """Index of the segment of the layer at this depth."""
+        return sum(exit_depth <= depth for exit_depth in self.config.exit_layers)
 
     def _exit_answer(self, index: int, hidden: torch.Tensor, inputs: BackboneInputs) -> ExitAnswer:
-        head = self.exits[index]
+        head = cast(ExitHead, self.exits[index])
         if self.config.exit_routing == "disjoint":
             hidden = hidden.detach()
         mask = None if inputs.mask is None else inputs.mask.to(hidden.device)
@@ -293,8 +304,9 @@ class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, PredictsDatasets):
         leaving = Leaving(self.config, policy, inputs)
         progress = self._run_until_rows_leave(leaving)
         while progress is not None:
-            progress.hidden = leaving.shrink(progress.hidden)
+            progress.hidden = leaving.shrink(cast(torch.Tensor, progress.hidden))
             progress = self._run_until_rows_leave(leaving, progress)
+        assert leaving.answers is not None, "at least one exit has answered"
         return leaving.answers
 
     def _run_until_rows_leave(self, leaving: Leaving, progress: Progress | None = None) -> Progress | None:

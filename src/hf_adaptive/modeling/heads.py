@@ -19,6 +19,9 @@ class CertaintyUnit(nn.Module):
         size (`int`): Width of the pooled vector.
     """
 
+    least: torch.Tensor
+    largest: torch.Tensor
+
     def __init__(self, size: int):
         super().__init__()
         self.linear = nn.Linear(size, 1)
@@ -79,12 +82,11 @@ class ExitHead(nn.Module):
         super().__init__()
         self.final_norm = copy.deepcopy(final_norm)
         self.input_dropout = nn.Dropout(head.input_dropout(config))
-        self.dense = self.activation = self.norm = None
+        self.dense = self.activation = None
         if head.dense is not None:
             self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=head.dense_bias(config))
             self.activation = ACT2FN[getattr(config, head.activation, head.activation)]
-        if head.build_norm is not None:
-            self.norm = head.build_norm(config)
+        self.norm = None if head.build_norm is None else head.build_norm(config)
         self.dropout = nn.Dropout(head.dropout(config))
         self.classifier = nn.Linear(config.hidden_size, config.num_labels, bias=head.classifier_bias(config))
         self.certainty = CertaintyUnit(config.hidden_size) if config.exit_criterion == "learned" else None
@@ -111,7 +113,7 @@ class ExitHead(nn.Module):
 
     def _transformed(self, vector: torch.Tensor) -> torch.Tensor:
         vector = self.input_dropout(vector)
-        if self.dense is not None:
+        if self.dense is not None and self.activation is not None:
             vector = self.activation(self.dense(vector))
         return vector if self.norm is None else self.norm(vector)
 

@@ -34,12 +34,12 @@ class BackboneInputs:
 
     @property
     def can_be_trimmed(self) -> bool:
-        """Whether padding is known and every tensor has one entry a position."""
+        """Whether the backbone is told of the padding, so that none is attended to, by one entry a position."""
         attention_mask = self.tensors.get("attention_mask")
-        return self.mask is not None and (attention_mask is None or attention_mask.dim() == 2)
+        return attention_mask is not None and attention_mask.dim() == 2
 
-    def select(self, rows: torch.Tensor) -> "BackboneInputs":
-        """The inputs of some rows, by index."""
+    def select(self, rows: torch.Tensor | slice) -> "BackboneInputs":
+        """The inputs of some rows."""
         mask = None if self.mask is None else self.mask[rows]
         return BackboneInputs({name: tensor[rows] for name, tensor in self.tensors.items()}, mask)
 
@@ -50,10 +50,24 @@ class BackboneInputs:
 
     def spans(self) -> torch.Tensor:
         """First real position, and one past the last, of every row: `torch.LongTensor` of shape `(2, rows)`."""
-        if not self.can_be_trimmed:
+        if self.mask is None or not self.can_be_trimmed:
             whole = torch.tensor([[0], [self.length]], device=self.device)
             return whole.expand(2, self.rows)
         real = (self.mask != 0).long()
         first = real.argmax(dim=1)
         stop = self.length - real.flip(dims=(1,)).argmax(dim=1)
         return torch.stack((first, stop))
+
+
+def positions_of_real_tokens(mask: torch.Tensor) -> torch.Tensor:
+    """Positions counted from each row's first real token on.
+
+    Args:
+        mask (`torch.Tensor` of shape `(rows, length)`): 1 at real tokens.
+
+    Returns:
+        `torch.LongTensor` of shape `(rows, length)`: 0 for padding on the left; padding on the right is counted on, as
+        backbones do.
+    """
+    first = (mask != 0).long().argmax(dim=1, keepdim=True)
+    return (torch.arange(mask.shape[1], device=mask.device) - first).clamp(min=0)

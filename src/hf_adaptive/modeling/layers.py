@@ -11,7 +11,7 @@ about which argument of a layer belongs to a row.
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -48,8 +48,8 @@ class LayerRun:
             the hidden state to go on with, or raises `Pause`.
         shared_gradient (`Callable[[int, torch.Tensor], torch.Tensor]`): Applied to every other tensor that a layer is
             given, with the layer's depth: the way by which parameters shared between layers would learn.
-        shared_layer_learns (`Callable[[int], bool]`): Whether the layer at this depth may learn; always true where
-            layers do not share one module.
+        may_learn_again (`Callable[[int, int], bool]`): Whether a module that was first run at one depth may learn at a
+            later one; asked where layers share a module (ALBERT).
         progress (`Progress`, *optional*): Where to resume.
     """
 
@@ -59,14 +59,15 @@ class LayerRun:
         boundaries: tuple[int, ...],
         at_boundary: Callable[[int, torch.Tensor], torch.Tensor],
         shared_gradient: Callable[[int, torch.Tensor], torch.Tensor] = lambda depth, tensor: tensor,
-        shared_layer_learns: Callable[[int], bool] = lambda depth: True,
+        may_learn_again: Callable[[int, int], bool] = lambda first, depth: True,
         progress: Progress | None = None,
     ):
         self.layers = layers
         self.boundaries = frozenset(boundaries)
         self.at_boundary = at_boundary
         self.shared_gradient = shared_gradient
-        self.shared_layer_learns = shared_layer_learns
+        self.may_learn_again = may_learn_again
+        self._first_depths: dict[nn.Module, int] = {}
         self.resumed = progress or Progress()
         self.progress = Progress(output_length=self.resumed.output_length)
 
@@ -80,6 +81,7 @@ class LayerRun:
     def call(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs, or skips, the next layer."""
         depth = self.progress.depth
+        first = self._first_depths.setdefault(layer, depth)
         hidden = args[0] if args else kwargs["hidden_states"]
         if depth < self.resumed.depth:
             self.progress.depth += 1
@@ -90,7 +92,7 @@ class LayerRun:
             self.progress.hidden = hidden
             hidden = self.at_boundary(depth, hidden)
         args, kwargs = self._with_hidden(hidden, args, kwargs, depth)
-        learns = torch.is_grad_enabled() and self.shared_layer_learns(depth)
+        learns = torch.is_grad_enabled() and (first == depth or self.may_learn_again(first, depth))
         with torch.set_grad_enabled(learns):
             output = layer(*args, **kwargs)
         self.progress.depth += 1
@@ -156,6 +158,6 @@ def install_layer_list(backbone: nn.Module, path: str) -> LayerList:
     """Replaces the `nn.ModuleList` at `path` of `backbone` by a `LayerList` of the same modules."""
     parent_path, _, name = path.rpartition(".")
     parent = backbone.get_submodule(parent_path)
-    layers = LayerList(backbone.get_submodule(path))
+    layers = LayerList(cast(nn.ModuleList, backbone.get_submodule(path)))
     setattr(parent, name, layers)
     return layers

@@ -12,12 +12,15 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 from transformers.initialization import no_init_weights
 
+from .bases import ModelBase
+from .constant_attention import check_constants_loaded, common_length, heads_to_make_constant, install_constant_heads
+
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _FILE_ARGUMENTS = ("use_safetensors", "variant")
 _MODEL_ARGUMENTS = ("attn_implementation", "dtype", "torch_dtype")
 
 
-class LoadsPlainCheckpoints:
+class LoadsPlainCheckpoints(ModelBase):
     """`from_pretrained` for a classifier with exits."""
 
     @classmethod
@@ -36,6 +39,10 @@ class LoadsPlainCheckpoints:
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): Hub name or folder.
             config (*optional*): A configuration with exits; else the checkpoint's, changed by the fields in `kwargs`.
+            constants (`torch.Tensor` or `AttentionAverages`, *optional*): For `constant_heads` of a plain checkpoint:
+                average attention `(layers, heads, length, length)`, or what `mean_attention` returned.
+            head_ranking (`list[list[int]]`, *optional*): The order of all heads that `rank_heads` found, for
+                `constant_heads` as a fraction.
             **kwargs: Configuration fields (`exit_layers`, `exit_routing`, `num_labels`, …) and everything that
                 `PreTrainedModel.from_pretrained` takes.
 
@@ -71,6 +78,7 @@ class LoadsPlainCheckpoints:
         saved = _config_dict(path, kwargs)
         model, info = super().from_pretrained(path, *model_args, config=config, output_loading_info=True, **kwargs)
         _check_exits(path, info, saved.get("exit_layers"), model.config.exit_layers)
+        check_constants_loaded(info["missing_keys"])
         model._exits_are_untrained = False
         return (model, info) if wants_info else model
 
@@ -79,9 +87,15 @@ class LoadsPlainCheckpoints:
         hub_arguments = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
         file_arguments = {name: kwargs.pop(name) for name in _FILE_ARGUMENTS if name in kwargs}
         model_arguments = {name: kwargs.pop(name) for name in _MODEL_ARGUMENTS if name in kwargs}
+        averages = kwargs.pop("constants", None)
+        constants = averages if averages is None or isinstance(averages, torch.Tensor) else averages.average
         if config is None:
-            config, kwargs = cls._config_for_plain(path, hub_arguments, kwargs)
+            config, kwargs = cls._config_for_plain(path, constants, hub_arguments, kwargs)
         stock = _StockCheckpoint(cls, path, config, {**hub_arguments, **file_arguments, **model_arguments})
+        if config.constant_heads:
+            # Averages that know where they come from are checked to come from this checkpoint.
+            constants = constants if constants is averages else averages.average_for(stock.model)
+            install_constant_heads(stock.model.base_model, config, constants)
         weights = stock.weights(may_differ=kwargs.get("ignore_mismatched_sizes", False))
         # The ordinary loading code places the weights, fills in what is new and reports it.
         arguments = {**model_arguments, "dtype": stock.dtype, **kwargs}
@@ -92,14 +106,22 @@ class LoadsPlainCheckpoints:
 
     @classmethod
     def _config_for_plain(
-        cls, path: str | os.PathLike, hub_arguments: dict[str, Any], kwargs: dict[str, Any]
+        cls,
+        path: str | os.PathLike,
+        constants: torch.Tensor | None,
+        hub_arguments: dict[str, Any],
+        kwargs: dict[str, Any],
     ) -> tuple[Any, dict[str, Any]]:
         """The configuration with exits, and the arguments that are not fields of it."""
         added = cls.config_class.added_fields()
         fields = {name: kwargs.pop(name) for name in added if name in kwargs}
         stock = cls.architecture.stock("Config")
         plain, kwargs = stock.from_pretrained(path, return_unused_kwargs=True, **hub_arguments, **kwargs)
-        unknown = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("exit_")}
+        unknown = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith(("exit_", "constant_"))}
+        choice, ranking = fields.get("constant_heads"), kwargs.pop("head_ranking", None)
+        if choice is not None or constants is not None:
+            fields["constant_heads"] = heads_to_make_constant(choice, constants, plain, ranking)
+            fields["constant_length"] = common_length(fields.get("constant_length"), constants)
         return cls.config_class.from_plain(plain, **fields, **unknown), kwargs
 
 

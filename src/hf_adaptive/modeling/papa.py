@@ -25,9 +25,10 @@ from .constant_attention import (
     check_constant_heads,
     check_constants_loaded,
     check_length,
+    common_length,
+    heads_to_make_constant,
     initialize_constants,
     install_constant_heads,
-    select_heads,
 )
 from .loading import checkpoint_model_type
 from .saving import SavesWhole
@@ -197,14 +198,14 @@ class PapaPreTrainedMixin(SavesWhole, StockClass):
         stock, loading_info = cls._load_stock(path, output_loading_info=True, **kwargs)
         if constants is not None and not isinstance(constants, torch.Tensor):
             constants = constants.average_for(stock)
-        heads = _selected_heads(constant_heads, constants, stock.config, head_ranking)
+        heads = heads_to_make_constant(constant_heads, constants, stock.config, head_ranking)
         config = cls.config_class.from_dict(
             {
                 **stock.config.to_dict(),
                 "model_type": cls.config_class.model_type,
                 "architectures": [cls.__name__],
                 "constant_heads": heads,
-                "constant_length": _common_length(constant_length, constants),
+                "constant_length": common_length(constant_length, constants),
                 "trainable_part": trainable_part,
             }
         )
@@ -236,37 +237,6 @@ class PapaPreTrainedMixin(SavesWhole, StockClass):
 
     def _announce_backbone(self) -> None:
         """Nothing: `AutoModel` has no backbone class for these checkpoints."""
-
-
-def _selected_heads(
-    choice: str | float | Sequence[Sequence[int]] | None,
-    constants: torch.Tensor | None,
-    config: PreTrainedConfig,
-    ranking: Sequence[Sequence[int]] | None,
-) -> list[list[int]]:
-    if choice is None and constants is not None:
-        raise ValueError(
-            "constants are given but constant_heads is not. Set constant_heads='all', a fraction with head_ranking=…, "
-            "or a list of [layer, head] pairs."
-        )
-    heads = select_heads(choice or [], config.num_hidden_layers, config.num_attention_heads, ranking)
-    if heads and constants is None:
-        raise ValueError(
-            f"constant_heads names {len(heads)} heads but constants are missing. Collect them with mean_attention and "
-            "pass constants=…"
-        )
-    return heads
-
-
-def _common_length(constant_length: int | None, constants: torch.Tensor | None) -> int | None:
-    if constants is None:
-        return constant_length
-    if constant_length not in (None, constants.shape[-1]):
-        raise ValueError(
-            f"constant_length={constant_length} does not fit constants of length {constants.shape[-1]}. Leave it out, "
-            f"or collect the constants with mean_attention(…, max_length={constant_length})."
-        )
-    return constants.shape[-1]
 
 
 class PapaMaskedLMMixin(PapaPreTrainedMixin):

@@ -7,13 +7,14 @@ lost most of its rows is not run on nearly empty.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers.utils import logging
 
 from .answers import Answers, ExitAnswer, Leaving
+from .bases import ModelBase
 from .criteria import Policy
 from .inputs import BackboneInputs
 from .layers import Progress
@@ -87,7 +88,7 @@ def _pad_and_cat(tensors: list[torch.Tensor], length: int, value: int) -> torch.
     return torch.cat([nn.functional.pad(t, (0, length - t.shape[1]), value=value) for t in tensors])
 
 
-class PredictsDatasets:
+class PredictsDatasets(ModelBase):
     """`predict` for a classifier with exits."""
 
     @torch.inference_mode()
@@ -224,6 +225,7 @@ class StagedRun:
             self._run_stage(places, inputs, None)
             self._run_queues(self.batches.batch_size)
         self._run_queues(1)
+        assert self.answers is not None, "there is at least one example"
         return self.answers
 
     def _run_whole(self, places: torch.Tensor, inputs: BackboneInputs) -> None:
@@ -244,15 +246,16 @@ class StagedRun:
                 self._run_stage(rows.places, rows.inputs, progress)
 
     def _run_stage(self, places: torch.Tensor, inputs: BackboneInputs, progress: Progress | None) -> None:
+        policy = cast(Policy, self.policy)
         leaving = Leaving(
-            self.model.config, self.policy, inputs, rows=places, answers=self.answers, total=len(self.batches)
+            self.model.config, policy, inputs, rows=places, answers=self.answers, total=len(self.batches)
         )
         progress = self.model._run_until_rows_leave(leaving, progress)
         self.answers = leaving.answers
         if progress is None:
             self.bar.update(len(places))
             return
-        hidden = leaving.shrink(progress.hidden)
+        hidden = leaving.shrink(cast(torch.Tensor, progress.hidden))
         self.output_length = progress.output_length
         self.bar.update(len(places) - len(leaving.rows))
         self.queues[progress.depth].put(_Rows(leaving.rows, leaving.inputs, hidden))

@@ -10,8 +10,10 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from .bases import ModelBase
 
-class SavesWhole:
+
+class SavesWhole(ModelBase):
     """Makes `save_pretrained` write to a folder beside the target first, and move the files when all are there."""
 
     def save_pretrained(
