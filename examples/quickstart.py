@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, DataCollatorWithPadding, HfArgumentParse
 from hf_adaptive import AutoModelForSequenceClassificationWithExits, ExitReport, ExitsTrainer, evaluate_exits
 from hf_adaptive.hub import model_card, write_model_card
 
+PLOT_FILE = "exits.png"
 CLASSIFY = Path(__file__).parent / "classify.py"
 SENTENCES = {
     "reviews": [
@@ -75,14 +76,11 @@ def main() -> None:
     model.config.exit_thresholds = [threshold] * (len(model.config.exit_layers) - 1)
     report = evaluate_exits(model.eval(), splits["test"], thresholds=[threshold])
     print_result(report)
-    trainer.report.plot(checkpoint / "exits.png")
+    trainer.report.plot(checkpoint / PLOT_FILE)
     model.save_pretrained(checkpoint)
     tokenizer.save_pretrained(checkpoint)
-    write_model_card(
-        model_card(model, trainer.report, repo_id=name, dataset_name=data_arguments.dataset),
-        checkpoint,
-        overwrite=True,
-    )
+    card = model_card(model, trainer.report, repo_id=name, dataset_name=data_arguments.dataset, plot_file=PLOT_FILE)
+    write_model_card(card, checkpoint, overwrite=True)
     print(f"\nCheckpoint, with plot (exits.png) and card (README.md): {checkpoint}")
     sentences = SENTENCES.get(data_arguments.dataset) or [text[:100] for text in splits["test"]["text"][:4]]
     print("\nIn a fresh process, without hf_adaptive:", flush=True)
@@ -139,7 +137,7 @@ def print_result(report: ExitReport) -> None:
     print(
         f"\nOperating point: leave at a confidence of {point.threshold:.2f}. "
         f"Accuracy {point.accuracy:.4f} (all layers {report.accuracy[-1]:.4f}) at {point.cost:.0%} of the layers, "
-        f"measured {report.full_seconds / point.seconds:.1f} times as fast.\nRows left: {shares} layers."
+        f"measured {report.speed(point):.1f} times as fast.\nRows left: {shares} layers."
     )
 
 

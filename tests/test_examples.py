@@ -68,7 +68,7 @@ def test_quickstart_on_pairs_from_a_local_file(quickstart):
     assert all(line.split()[0] in ("same", "other") for line in sentences)
     assert (folder / "out" / "checkpoint" / "model.safetensors").exists()
     assert (folder / "out" / "checkpoint" / "exits.png").exists()
-    assert "What each exit is worth" in (folder / "out" / "checkpoint" / "README.md").read_text()
+    assert "## The exits" in (folder / "out" / "checkpoint" / "README.md").read_text()
 
 
 def test_quickstart_names_a_column_that_is_not_there(encoder, pairs, tmp_path):

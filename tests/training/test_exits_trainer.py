@@ -84,7 +84,7 @@ def test_training_ends_with_report_plot_and_card(tmp_path):
     assert json.loads((tmp_path / "exit_report.json").read_text())["exit_layers"] == tiny.EXIT_LAYERS
     assert (tmp_path / "exits.png").exists()
     card = (tmp_path / "README.md").read_text()
-    assert "What each exit is worth" in card
+    assert "## The exits" in card
     assert f"{own.report.accuracy[-1]:.4f}" in card
 
 

@@ -45,9 +45,8 @@ def _plot_over_cost(report: "ExitReport", axes: "Axes") -> None:
 
 
 def _plot_over_speed(report: "ExitReport", axes: "Axes") -> None:
-    points = sorted(report.curve, key=lambda point: point.seconds)
-    speeds = [report.full_seconds / point.seconds for point in points]
-    axes.plot(speeds, [point.accuracy for point in points], "-o", color=CURVE, markersize=4)
+    timed = sorted((report.speed(point), point.accuracy) for point in report.curve)
+    axes.plot([speed for speed, _ in timed], [score for _, score in timed], "-o", color=CURVE, markersize=4)
     axes.axhline(report.accuracy[-1], color=FULL, linewidth=1, linestyle=":")
     axes.axvline(1, color=FULL, linewidth=1, linestyle=":")
     axes.set_xlabel("measured speed: times as fast as all layers")

@@ -89,6 +89,16 @@ class ExitReport:
         """Draws accuracy over cost, and over measured time, into a picture (the file's ending says which kind)."""
         write_whole(path, lambda draft: plot_report(self, draft))
 
+    def speed(self, point: CurvePoint) -> float:
+        """Measured: how many times as fast as running everything.
+
+        Raises:
+            ValueError: Time was not measured.
+        """
+        if self.full_seconds is None or point.seconds is None:
+            raise ValueError("time was not measured: call evaluate_exits with timed_examples above 0.")
+        return self.full_seconds / point.seconds
+
     def point_at_cost(self, cost: float) -> CurvePoint | None:
         """The most accurate point of at most this cost, the cheaper of two alike; None if there is none."""
         within = [point for point in self.curve if point.cost <= cost]

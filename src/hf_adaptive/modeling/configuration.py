@@ -92,7 +92,7 @@ class ExitsConfigMixin(ConfigBase):
         wants_unused = kwargs.pop("return_unused_kwargs", False)
         # Fields are set from `kwargs` after the configuration was made and checked.
         config, unused = super().from_dict(config_dict, return_unused_kwargs=True, **kwargs)
-        refuse_unknown_fields(unused, "exit_", exit_field_names())
+        refuse_unknown_fields(unused, ("exit_", "constant_"), exit_field_names())
         config._complete_exits()
         return (config, unused) if wants_unused else config
 

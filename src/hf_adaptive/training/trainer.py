@@ -1,14 +1,16 @@
 """`ExitsTrainer`: what a plain `Trainer` does right already, and what it cannot know of exits."""
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import EvalPrediction, Trainer
+from transformers.trainer_pt_utils import LabelSmoother
 from transformers.utils import logging
 
-from ..evaluation.metrics import answers_of, default_metric
+from ..evaluation.metrics import default_metric, metric_name, score
 from ..evaluation.report import ExitReport, evaluate_exits
 from ..hub.model_card import PLOT_FILE, model_card, write_model_card
 from ..modeling.losses import problem_type
@@ -33,7 +35,8 @@ class ExitsTrainer(Trainer):
         super().__init__(*args, **kwargs)
         if self.args.batch_eval_metrics:
             raise ValueError("batch_eval_metrics=True is not supported by ExitsTrainer: leave it out.")
-        self._metrics_of_one_exit = self.compute_metrics or self._default_metrics
+        own_metrics: Callable[[EvalPrediction], dict[str, float]] | None = self.compute_metrics
+        self._metrics_of_one_exit = self._default_metrics if own_metrics is None else own_metrics
         self.compute_metrics = self._metrics_of_every_exit
         self.report: ExitReport | None = None
 
@@ -50,10 +53,10 @@ class ExitsTrainer(Trainer):
         if self.label_smoother is None or self.compute_loss_func is not None or "labels" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         outputs = model(**inputs)
-        loss = self._smoothed_loss(outputs.exit_logits, inputs["labels"])
+        loss = self._smoothed_loss(self.label_smoother, outputs.exit_logits, inputs["labels"])
         return (loss, outputs) if return_outputs else loss
 
-    def _smoothed_loss(self, exit_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def _smoothed_loss(self, smoother: LabelSmoother, exit_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         config = self._exits_model.config
         if problem_type(config) != "single_label_classification":
             raise ValueError(
@@ -61,7 +64,7 @@ class ExitsTrainer(Trainer):
             )
         weights = config.exit_loss_weights or [1.0] * exit_logits.shape[1]
         logits = exit_logits.unbind(dim=1)
-        losses = [weight * self.label_smoother({"logits": one}, labels) for weight, one in zip(weights, logits)]
+        losses = [weight * smoother({"logits": one}, labels) for weight, one in zip(weights, logits)]
         return torch.stack(losses).sum()
 
     # Evaluation
@@ -92,8 +95,8 @@ class ExitsTrainer(Trainer):
 
     def _metrics_of_every_exit(self, prediction: EvalPrediction) -> dict[str, float]:
         if not isinstance(prediction.predictions, tuple):
-            return dict(self._metrics_of_one_exit(prediction))
-        _, exit_logits = prediction.predictions
+            return self._metrics_of_one_exit(prediction)
+        exit_logits = list(prediction.predictions)[1]
         layers = self._exits_model.config.exit_layers
         scores = [
             self._metrics_of_one_exit(EvalPrediction(exit_logits[:, index], prediction.label_ids))
@@ -101,16 +104,16 @@ class ExitsTrainer(Trainer):
         ]
         earlier = {
             f"layer_{layer}_{name}": value
-            for layer, score in zip(layers[:-1], scores)
-            for name, value in score.items()
+            for layer, values in zip(layers[:-1], scores)
+            for name, value in values.items()
         }
         return {**earlier, **scores[-1]}
 
-    def _default_metrics(self, prediction: EvalPrediction) -> Mapping[str, float]:
+    def _default_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         kind = problem_type(self._exits_model.config)
         metric = default_metric(kind)
-        answers = answers_of(torch.as_tensor(prediction.predictions), kind)
-        return {metric.__name__: metric(predictions=answers, references=prediction.label_ids)}
+        logits = torch.as_tensor(prediction.predictions)
+        return {metric_name(metric): score(metric, logits, np.asarray(prediction.label_ids), kind)}
 
     # Report and card
 
@@ -131,7 +134,7 @@ class ExitsTrainer(Trainer):
         dataset = self.eval_dataset if dataset is None else dataset
         arguments = {"batch_size": self.args.per_device_eval_batch_size, "show_progress": not self.args.disable_tqdm}
         self.report = evaluate_exits(self._exits_model, dataset, **{**arguments, **kwargs})
-        folder = Path(self.args.output_dir)
+        folder = self._folder
         self.report.to_json(folder / REPORT_FILE)
         self.report.plot(folder / PLOT_FILE)
         self.create_model_card()
@@ -161,14 +164,18 @@ class ExitsTrainer(Trainer):
         card = model_card(
             self._exits_model,
             self.report,
-            repo_id=self.hub_model_id or model_name or Path(self.args.output_dir).name,
+            repo_id=self.hub_model_id or model_name or self._folder.name,
             dataset_name=data[0] if isinstance(data, list) else data,
             language=language,
             license=license,
             tags=[tags] if isinstance(tags, str) else tags,
-            plot_file=PLOT_FILE,
+            plot_file=PLOT_FILE if self.report is not None else None,
         )
-        write_model_card(card, self.args.output_dir)
+        write_model_card(card, self._folder)
+
+    @property
+    def _folder(self) -> Path:
+        return Path(str(self.args.output_dir))
 
     @property
     def _exits_model(self) -> Any:
