@@ -77,9 +77,13 @@ class LoadsPlainCheckpoints(ModelBase):
         wants_info = kwargs.pop("output_loading_info", False)
         saved = _config_dict(path, kwargs)
         model, info = super().from_pretrained(path, *model_args, config=config, output_loading_info=True, **kwargs)
-        _check_exits(path, info, saved.get("exit_layers"), model.config.exit_layers)
+        # A backbone saved from a model with exits (`model.base_model.save_pretrained`) has none: all of them are new,
+        # and reported as such.
+        has_exits = any(f"exits.{key}" not in info["missing_keys"] for key in model.exits.state_dict())
+        if has_exits:
+            _check_exits(path, info, saved.get("exit_layers"), model.config.exit_layers)
         check_constants_loaded(info["missing_keys"])
-        model._exits_are_untrained = False
+        model._exits_are_untrained = not has_exits
         return (model, info) if wants_info else model
 
     @classmethod
@@ -212,7 +216,15 @@ class _StockCheckpoint:
         with torch.device("meta"), no_init_weights():
             names = self.model_class(self.config).state_dict().keys()
         own = {key: tensor for key, tensor in self.model.state_dict().items() if key not in self.new}
-        return {name: tensor for name, tensor in {**own, **copies}.items() if name in names}
+        known = {name: tensor for name, tensor in {**own, **copies}.items() if name in names}
+        # Without content, so that the final load reports them as any load does.
+        return {**{key: torch.empty(0) for key in self._surplus()}, **known}
+
+    def _surplus(self) -> set[str]:
+        """Weights of the checkpoint that neither backbone nor heads use."""
+        pooler = self.architecture.pretrained_pooler
+        prefixes = () if pooler is None else (f"{pooler}.", f"{self.model.base_model_prefix}.{pooler}.")
+        return {key for key in self.info["unexpected_keys"] if not key.startswith(prefixes)}
 
     def _head_parts(self) -> dict[str, dict[str, torch.Tensor]]:
         """Weights of the parts of the stock head that the checkpoint has, by part; every exit gets a copy."""
