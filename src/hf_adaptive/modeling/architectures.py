@@ -11,7 +11,7 @@ from typing import Any
 
 import transformers
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForSequenceClassification
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 
 from .configuration import ExitsConfigMixin
 from .exits import ExitsMixin
@@ -23,7 +23,7 @@ class Architecture:
     """What has to be known about a backbone.
 
     Args:
-        name (`str`): Prefix of its class names: `Bert` for `BertConfig`, `BertModel`, `BertPreTrainedModel` and
+        name (`str`): Prefix of its class names: `Bert` for `BertConfig`, `BertModel` and
             `BertForSequenceClassification`.
         layers (`str`): Path of the backbone's `nn.ModuleList` of layers.
         head (`Head`): How its own classification head is built.
@@ -40,7 +40,6 @@ class Architecture:
             token on, so that such a row gets the answer that it gets alone.
         model_arguments (`dict`): Keyword arguments of the backbone's constructor.
         forward_arguments (`dict`): Keyword arguments of the backbone's forward.
-        base (`str`, *optional*): Name of the common base class, where it is not `…PreTrainedModel`.
         source (`ModuleType`): The module that holds the classes.
     """
 
@@ -54,7 +53,6 @@ class Architecture:
     positions_from_mask: bool = False
     model_arguments: dict[str, Any] = field(default_factory=dict)
     forward_arguments: dict[str, Any] = field(default_factory=dict)
-    base: str | None = None
     source: ModuleType = transformers
 
     def stock(self, suffix: str) -> Any:
@@ -64,7 +62,8 @@ class Architecture:
     @property
     def stock_base(self) -> type:
         """The class that all models of this architecture come from."""
-        return self.stock("PreTrainedModel") if self.base is None else getattr(self.source, self.base)
+        # By inheritance, not by name: that of Gemma3TextModel is Gemma3PreTrainedModel.
+        return next(base for base in self.stock("Model").__mro__[1:] if issubclass(base, PreTrainedModel))
 
     def default_pooling(self, config: Any) -> str:
         """Default of `exit_pooling` for a configuration."""
@@ -174,7 +173,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "eurobert": Architecture("EuroBert", "layers", _EUROBERT_HEAD, pooling=_eurobert_pooling, final_norm="norm"),
     "gemma": Architecture("Gemma", **_DECODER),
     "gemma2": Architecture("Gemma2", **_DECODER),
-    "gemma3_text": Architecture("Gemma3Text", base="Gemma3PreTrainedModel", **_DECODER),
+    "gemma3_text": Architecture("Gemma3Text", **_DECODER),
     "gpt2": Architecture("GPT2", positions_from_mask=True, **{**_DECODER, "layers": "h", "final_norm": "ln_f"}),
     "llama": Architecture("Llama", **_DECODER),
     "mistral": Architecture("Mistral", **_DECODER),
@@ -202,7 +201,26 @@ def register_architecture(architecture: Architecture) -> None:
 
     A backbone from outside `transformers` is registered by its user in the program that uses it; its checkpoints need
     that program, because its code does not travel with them.
+
+    Args:
+        architecture (`Architecture`): Its `source` holds the configuration, backbone and stock classifier; the stock
+            configuration itself is registered with `AutoConfig`, as for any model.
+
+    Example:
+
+        >>> AutoConfig.register("mixer", MixerConfig)
+        >>> head = Head("out")  # in MixerForSequenceClassification: self.out = nn.Linear(hidden_size, num_labels)
+        >>> register_architecture(Architecture("Mixer", layers="blocks", head=head, source=sys.modules[__name__]))
+
+    Raises:
+        ValueError: The stock classifier has no `base_model_prefix`.
     """
+    stock = architecture.stock("ForSequenceClassification")
+    if not stock.base_model_prefix:
+        raise ValueError(
+            f"{stock.__name__}.base_model_prefix is empty; set it to the name of the attribute that holds its "
+            f"{architecture.name}Model."
+        )
     ARCHITECTURES[architecture.model_type] = architecture
     config_class = make_class(architecture.config_name)
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)

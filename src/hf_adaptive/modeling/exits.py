@@ -46,6 +46,9 @@ class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, PredictsDatasets):
         super().__init__(config)
         self.num_labels = config.num_labels
         backbone = self.architecture.stock("Model")(config, **self.architecture.model_arguments)
+        for parameter in backbone.parameters():
+            # Some of DeBERTa's are made as float32, whatever the type of the model.
+            parameter.data = parameter.data.to(torch.get_default_dtype())
         setattr(self, self.base_model_prefix, backbone)
         if config.constant_heads:
             install_constant_heads(backbone, config)
