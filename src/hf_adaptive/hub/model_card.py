@@ -1,24 +1,27 @@
 """The card of a classifier with exits, made from the model and its report."""
 
+import math
 import os
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers.utils import logging
 
 from ..files import write_whole
+from ..modeling.criteria import CRITERIA
+from .authorship import BLANK_SEAL, is_nobodys, sealed
 
 if TYPE_CHECKING:
-    from ..evaluation.report import ExitReport
+    from ..evaluation.report import CurvePoint, ExitReport
 
 logger = logging.get_logger(__name__)
 
 CARD_FILE = "README.md"
 PLOT_FILE = "exits.png"
-# Says that nobody has edited the card yet, so that a newer run may replace it.
-MARKER = "<!-- Written by hf_adaptive. Remove this line to keep your own changes. -->"
 
 
 def model_card(
@@ -26,11 +29,12 @@ def model_card(
     report: "ExitReport | None" = None,
     *,
     repo_id: str = "this-model",
+    base_model: str | None = None,
     dataset_name: str | None = None,
     language: str | list[str] | None = None,
     license: str | None = None,
     tags: list[str] | None = None,
-    plot_file: str = PLOT_FILE,
+    plot_file: str | None = PLOT_FILE,
 ) -> ModelCard:
     """A card that says where the model comes from, what its exits are worth, and how to load it.
 
@@ -38,110 +42,254 @@ def model_card(
         model: A classifier with exits (or a cascade).
         report (`ExitReport`, *optional*): What was measured; the card has no numbers without it.
         repo_id (`str`): Name on the Hub, for the examples of use.
-        dataset_name (`str`, *optional*): What it was trained and evaluated on; a Hub name is linked.
+        base_model (`str`, *optional*): What it was fine-tuned from; defaults to what the model was loaded from, unless
+            that is `repo_id`. A Hub name is linked; of a path only the last part is shown.
+        dataset_name (`str`, *optional*): What it was trained and evaluated on; shown as `base_model` is.
         language, license, tags (*optional*): As in any card's metadata.
-        plot_file (`str`): The plot's name beside the card.
+        plot_file (`str`, *optional*): The picture beside the card that `report.plot` drew; None for none.
 
     Returns:
         `ModelCard`: With metadata that the Hub accepts (`model-index` where there is a report).
+
+    Raises:
+        ValueError: The report is of a model with other exits.
     """
-    base_model = model.config._name_or_path or None
-    data = ModelCardData(
-        language=language,
-        license=license,
-        library_name="transformers",
-        pipeline_tag="text-classification",
-        tags=["early-exit", "hf_adaptive", *_routing_tags(model.config), *(tags or [])],
-        base_model=base_model if _is_hub_name(base_model) else None,
-        datasets=[dataset_name] if _is_hub_name(dataset_name) else None,
-        model_name=repo_id.rpartition("/")[2],
-        eval_results=_eval_results(model, report, dataset_name) if report is not None else None,
-    )
-    template = resources.files(__package__).joinpath("card_template.md").read_text()
-    return ModelCard.from_template(
-        data,
+    config = model.config
+    _check_report(config, report)
+    base_model = base_model or config._name_or_path or None
+    base_model = None if base_model == repo_id else base_model
+    stored = _stored_threshold(config, report)
+    template = resources.files(__package__).joinpath("card_template.md").read_text(encoding="utf-8")
+    card = ModelCard.from_template(
+        _metadata(config, report, repo_id, base_model, dataset_name, language, license, tags),
         template_str=template,
-        marker=MARKER,
-        model_name=repo_id.rpartition("/")[2],
+        seal=BLANK_SEAL,
+        model_name=_last_part(repo_id),
         repo_id=repo_id,
-        dataset_name=dataset_name,
-        base_model=_shown_name(base_model),
-        facts=_facts(model.config),
-        exit_layers=model.config.exit_layers,
-        example_thresholds=_example_thresholds(model.config),
-        report=report,
-        exits=zip(report.exit_layers, report.costs, report.accuracy) if report is not None else (),
+        base_model=_shown(base_model, "https://huggingface.co"),
+        dataset=_shown(dataset_name, "https://huggingface.co/datasets"),
+        facts=_facts(config),
+        exit_table=_exit_table(config, report),
+        curve_table=_curve_table(report, stored) if report is not None and report.curve else None,
         plot_file=plot_file,
+        report=report,
+        stored_threshold=stored,
+        **_words(config),
     )
+    return sealed(card)
 
 
 def write_model_card(card: ModelCard, folder: str | os.PathLike, overwrite: bool = False) -> bool:
-    """Writes the card into a folder, unless there is one that somebody else wrote or changed.
+    """Writes the card into a folder, unless there is one that somebody wrote or edited.
 
     Args:
         card (`ModelCard`): The card.
         folder (`str` or `os.PathLike`): Where `README.md` is to be.
-        overwrite (`bool`): Whether to replace a card that somebody else wrote or changed.
+        overwrite (`bool`): Whether to replace a card that somebody wrote or edited, too.
 
     Returns:
         `bool`: Whether it was written.
 
     Raises:
-        OSError: The folder cannot be written.
+        OSError: The folder cannot be written; the card in it is then as it was.
     """
     path = Path(folder) / CARD_FILE
-    if path.exists() and not overwrite and MARKER not in path.read_text():
-        logger.warning(f"{path} is left as it is: it was not written by hf_adaptive, or was edited since.")
+    if path.exists() and not overwrite and not is_nobodys(path.read_text(encoding="utf-8", errors="replace")):
+        logger.warning(
+            f"{path} is left as it is: somebody wrote or edited it. To replace it, delete it, or pass overwrite=True "
+            f"to write_model_card."
+        )
         return False
-    write_whole(path, lambda draft: Path(draft).write_text(str(card)))
+    write_whole(path, lambda draft: Path(draft).write_text(str(card), encoding="utf-8"))
     return True
 
 
-def _routing_tags(config: Any) -> list[str]:
-    return ["sweet"] if getattr(config, "exit_routing", None) == "sweet" else []
+def _check_report(config: Any, report: "ExitReport | None") -> None:
+    if report is not None and report.exit_layers != config.exit_layers:
+        raise ValueError(
+            f"the report is of a model with exits after layers {report.exit_layers}, but this model has them after "
+            f"{config.exit_layers}. Pass the report that evaluate_exits made of this model."
+        )
 
 
-def _is_hub_name(name: str | None) -> bool:
-    return name is not None and name.count("/") == 1 and not Path(name).exists() and not name.startswith((".", "/"))
+# Metadata
 
 
-def _shown_name(base_model: str | None) -> str | None:
-    """A Hub name as it is; of a folder its last part, because the rest is nobody's business."""
-    if base_model is None:
-        return None
-    return f"`{base_model if _is_hub_name(base_model) else Path(base_model).name}`"
+def _metadata(
+    config: Any,
+    report: "ExitReport | None",
+    repo_id: str,
+    base_model: str | None,
+    dataset_name: str | None,
+    language: str | list[str] | None,
+    license: str | None,
+    tags: list[str] | None,
+) -> ModelCardData:
+    results = _eval_results(config, report, dataset_name) if report is not None else None
+    return ModelCardData(
+        language=language,
+        license=license,
+        library_name="transformers",
+        pipeline_tag="text-classification",
+        tags=["early-exit", "hf_adaptive", *_own_tags(config), *(tags or [])],
+        base_model=base_model if _is_hub_name(base_model) else None,
+        datasets=[dataset_name] if _is_hub_name(dataset_name) else None,
+        metrics=[report.metric_name] if report is not None else None,
+        model_name=_last_part(repo_id) if results else None,
+        eval_results=results or None,
+    )
 
 
-def _facts(config: Any) -> list[tuple[str, str]]:
-    labels = [str(config.id2label[index]) for index in sorted(config.id2label)]
-    shown = ", ".join(labels[:10]) + (f", … ({len(labels)} in all)" if len(labels) > 10 else "")
+def _own_tags(config: Any) -> list[str]:
+    values = config.to_dict()
     return [
-        ("Exits after layers", f"{', '.join(map(str, config.exit_layers))} of {config.exit_layers[-1]}"),
-        ("Training", f"`exit_routing={getattr(config, 'exit_routing', 'independent models')!r}`"),
-        ("Pooling", f"`{getattr(config, 'exit_pooling', 'by model')}`"),
-        ("Criterion", f"`{config.exit_criterion}`"),
-        ("Thresholds", "none: all layers are run" if config.exit_thresholds is None else f"{config.exit_thresholds}"),
-        ("Temperatures", "1 each" if config.exit_temperatures is None else f"{config.exit_temperatures}"),
-        ("Classes", shown),
+        *(["sweet"] if values.get("exit_routing") == "sweet" else []),
+        *(["constant-attention"] if values.get("constant_heads") else []),
     ]
 
 
-def _example_thresholds(config: Any) -> Any:
-    return config.exit_thresholds or {"entropy": 0.3, "patience": 2}.get(config.exit_criterion, 0.9)
-
-
-def _eval_results(model: Any, report: "ExitReport", dataset_name: str | None) -> list[EvalResult]:
-    """The score of every exit, as the Hub's `model-index` has it."""
-    name = dataset_name or "held-out data"
+def _eval_results(config: Any, report: "ExitReport", dataset_name: str | None) -> list[EvalResult]:
+    """One result with a score for every exit, and one for the stored thresholds if they are on the curve."""
+    scores = [
+        (f"{report.metric_name} after layer {layer} (cost {cost:.2f})", score)
+        for layer, cost, score in zip(report.exit_layers, report.costs, report.accuracy)
+    ]
+    threshold = _stored_threshold(config, report)
+    scores += [
+        (f"{report.metric_name} with the stored thresholds (cost {point.cost:.2f})", point.accuracy)
+        for point in report.curve
+        if point.threshold == threshold
+    ]
     return [
         EvalResult(
             task_type="text-classification",
-            task_name=f"Text classification, exit after layer {layer} (cost {cost:.2f})",
-            dataset_type=dataset_name if _is_hub_name(dataset_name) else "custom",
-            dataset_name=name,
-            dataset_config=f"exit-after-layer-{layer}",
+            task_name="Text classification",
+            dataset_type=dataset_name if _is_hub_name(dataset_name) else "unknown",
+            dataset_name=_last_part(dataset_name) if dataset_name else "held-out data",
             metric_type=report.metric_name,
+            metric_name=name,
             metric_value=score,
         )
-        for layer, cost, score in zip(report.exit_layers, report.costs, report.accuracy)
+        for name, score in scores
+        # The Hub takes no NaN, which is what a correlation with a constant is.
+        if math.isfinite(score)
     ]
+
+
+def _stored_threshold(config: Any, report: "ExitReport | None") -> float | None:
+    """The threshold that the configuration stores for every exit, if it is one of the curve's."""
+    if report is None or report.criterion != config.exit_criterion or not config.exit_thresholds:
+        return None
+    stored = set(config.exit_thresholds)
+    return next((point.threshold for point in report.curve if stored == {point.threshold}), None)
+
+
+# Names
+
+
+def _is_hub_name(name: str | None) -> bool:
+    if name is None or name.count("/") != 1 or Path(name).exists():
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _last_part(name: str) -> str:
+    """The name without the owner; of a path without the folders, because they are nobody's business."""
+    return Path(name).name
+
+
+def _shown(name: str | None, address: str) -> str | None:
+    if name is None:
+        return None
+    return f"[{name}]({address}/{name})" if _is_hub_name(name) else f"`{_last_part(name)}`"
+
+
+# Text
+
+
+def _words(config: Any) -> dict[str, Any]:
+    """What the template's sentences need of the configuration."""
+    values = config.to_dict()
+    criterion = CRITERIA[config.exit_criterion]
+    example = config.exit_thresholds or {"entropy": 0.3, "patience": 2}.get(config.exit_criterion, 0.9)
+    return {
+        "routing": values.get("exit_routing"),
+        "has_constant_heads": bool(values.get("constant_heads")),
+        "first_exit": config.exit_layers[0],
+        "criterion": config.exit_criterion,
+        "leaves_above": criterion.leaves_above,
+        "threshold_range": criterion.threshold_range,
+        "example_thresholds": example,
+    }
+
+
+def _facts(config: Any) -> str:
+    values = config.to_dict()
+    labels = [str(config.id2label[index]) for index in sorted(config.id2label)]
+    shown = ", ".join(labels[:10]) + (f", … ({len(labels)} in all)" if len(labels) > 10 else "")
+    rows = [
+        ("exits after layers", f"{', '.join(map(str, config.exit_layers))} of {config.exit_layers[-1]}"),
+        ("routing", _routing_in_words(values.get("exit_routing"))),
+        ("pooling", f"`{values['exit_pooling']}`" if "exit_pooling" in values else "each model's own"),
+        ("criterion", f"`{config.exit_criterion}`"),
+        ("thresholds", "none: all layers are run" if config.exit_thresholds is None else "stored, see below"),
+        ("classes", shown),
+    ]
+    return _table(("", ""), rows, numbers=False)
+
+
+def _routing_in_words(routing: str | float | None) -> str:
+    words = {
+        "joint": "`joint`: every exit's loss updates all layers below it",
+        "sweet": "`sweet`: every exit's loss updates only the layers since the exit before it",
+        "disjoint": "`disjoint`: exits on a frozen backbone",
+        None: "independent models",
+    }
+    return words.get(routing, f"`{routing}`: this share of an exit's gradient passes to the layers of the exit before")
+
+
+def _exit_table(config: Any, report: "ExitReport | None") -> str:
+    exits = len(config.exit_layers)
+    thresholds = [*(config.exit_thresholds or [None] * (exits - 1)), None]
+    columns = {
+        "layers run": [str(layer) for layer in config.exit_layers],
+        "cost": [f"{cost:.2f}" for cost in config.exit_costs],
+        **({report.metric_name: [f"{score:.4f}" for score in report.accuracy]} if report is not None else {}),
+        "threshold": ["–" if threshold is None else f"{threshold:.4g}" for threshold in thresholds],
+        "temperature": [f"{temperature:.4g}" for temperature in config.exit_temperatures or [1] * exits],
+    }
+    return _table(tuple(columns), list(zip(*columns.values())))
+
+
+def _curve_table(report: "ExitReport", stored: float | None) -> str:
+    header = ["threshold", "cost", report.metric_name]
+    if report.full_seconds:
+        header += ["seconds", "times as fast"]
+    layers = " / ".join(map(str, report.exit_layers))
+    rows = [_curve_row(report, point, point.threshold == stored) for point in report.curve]
+    return _table((*header, f"% leaving after {layers}"), rows)
+
+
+def _curve_row(report: "ExitReport", point: "CurvePoint", is_stored: bool) -> tuple[str, ...]:
+    cells = [f"{point.threshold:.4g}", f"{point.cost:.2f}", f"{point.accuracy:.4f}"]
+    if report.full_seconds:
+        cells += _time_cells(report.full_seconds, point.seconds)
+    cells.append(" / ".join(f"{100 * share:.0f}" for share in point.exit_distribution))
+    return tuple(f"**{cell}**" if is_stored else cell for cell in cells)
+
+
+def _time_cells(full_seconds: float, seconds: float | None) -> list[str]:
+    if not seconds:
+        return ["–", "–"]
+    return [f"{seconds:.3f}", f"{full_seconds / seconds:.2f}"]
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = True) -> str:
+    """A Markdown table; its cells may hold any text."""
+    lines = [[cell.replace("|", r"\|").replace("\n", " ") for cell in row] for row in (header, *rows)]
+    lines.insert(1, ["---:" if numbers else "---"] * len(header))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
