@@ -328,19 +328,36 @@ def test_feed_forward_in_chunks(name):
     assert_same(chunked(**batch(), exit_thresholds=thresholds), own(**batch(), exit_thresholds=thresholds))
 
 
-def compile_layers(own, backend):
+@pytest.fixture
+def compile_layers():
+    """Compiles each layer in place."""
     torch.compiler.reset()
-    for layer in own._layers:
-        layer.compile(backend=backend, dynamic=True)
+
+    def compile_each(own, backend):
+        for layer in own._layers:
+            layer.compile(backend=backend)
+
+    yield compile_each
+    torch.compiler.reset()
 
 
 @torch.no_grad()
-def test_compiled_layers_give_the_same(name):
+def test_compiled_layers_give_the_same(name, compile_layers):
     own = architectures.model(name)
     thresholds = tiny.thresholds_between(own, batch())
     expected = own(**batch(), exit_thresholds=thresholds)
     compile_layers(own, "eager")
     assert_same(own(**batch(), exit_thresholds=thresholds), expected)
+
+
+@pytest.mark.parametrize("name", ["bert", "qwen3"])
+def test_compiled_layers_learn_the_same(name, compile_layers):
+    own = architectures.model(name).train()
+    expected = gradients(own)
+    compile_layers(own, "aot_eager")
+    own(**batch(), labels=tiny.labels(ROWS)).loss.backward()
+    for key, parameter in own.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[key], atol=1e-6, rtol=1e-4, msg=key)
 
 
 @torch.no_grad()
