@@ -159,8 +159,8 @@ class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, PredictsDatasets):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds.")
         if 0 in main.shape[:2]:
             raise ValueError(f"the batch is empty: shape {tuple(main.shape)}. Give at least one row and one token.")
-        names_tokens = attention_mask is not None and attention_mask.dim() == 2
-        if position_ids is None and names_tokens and self.architecture.positions_from_mask:
+        counts_from_mask = position_ids is None and self.architecture.positions_from_mask
+        if counts_from_mask and attention_mask is not None and attention_mask.dim() == 2:
             position_ids = positions_of_real_tokens(attention_mask)
         named = {
             "input_ids": input_ids,
