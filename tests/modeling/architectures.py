@@ -27,8 +27,6 @@ NAMES = tuple(sorted(hf_adaptive.ARCHITECTURES))
 DECODERS = tuple(name for name in NAMES if hf_adaptive.ARCHITECTURES[name].pooling == "last")
 HIDDEN, LAYERS, VOCABULARY, PAD = 32, 4, tiny.VOCABULARY, tiny.PAD
 EXIT_LAYERS = [1, 2, 4]
-# Positions of their own, learned: a row's answer depends on where left padding put it, unless it is told.
-LEARNED_POSITIONS = ("gpt2",)
 
 _SIZES = {
     "vocab_size": VOCABULARY,
@@ -120,13 +118,6 @@ def model(name: str, **changed: Any):
     return own.eval()
 
 
-def positions(name: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The positions without padding, where an architecture has to be told them."""
-    if name not in LEARNED_POSITIONS:
-        return {}
-    return {"position_ids": (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)}
-
-
 def table() -> str:
     """The README's table of architectures, made from the registry."""
     lines = [
@@ -138,19 +129,14 @@ def table() -> str:
         head = " → ".join(f"`{path}`" for path in own.head.sources.values())
         pooling = f"`{own.pooling}`" if isinstance(own.pooling, str) else "of `classifier_pooling`"
         layers = f"`{own.layers}`, one shared module" if own.shares_layers else f"`{own.layers}`"
-        lines.append(f"| `{name}` | `{own.classifier_name}` | {layers} | {head} | {pooling} | {_padding(name)} |")
+        padding = "right, left" if name in DECODERS else "right"
+        lines.append(f"| `{name}` | `{own.classifier_name}` | {layers} | {head} | {pooling} | {padding} |")
     return "\n".join(lines)
-
-
-def _padding(name: str) -> str:
-    if name in LEARNED_POSITIONS:
-        return "right; left with `position_ids`"
-    return "right, left" if name in DECODERS else "right"
 
 
 def section() -> str:
     """The table between the markers that stand around it in README.md."""
-    return f"{MARKERS[0]}\n{VERIFIED}\n{table()}\n{MARKERS[1]}"
+    return f"{MARKERS[0]}\n{VERIFIED}\n{table()}\n\n{MARKERS[1]}"
 
 
 def write_table() -> None:

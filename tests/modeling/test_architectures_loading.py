@@ -118,6 +118,18 @@ def test_new_heads_are_reported_finite_and_follow_the_seed(name, folders):
     assert not [key for key in info["missing_keys"] if "final_norm" in key]
 
 
+def test_earlier_exits_start_with_a_copy_of_the_final_norm(name, folders):
+    model = WithExits.from_pretrained(folders(name, "classifier"), exit_layers=EXITS)
+    path = hf_adaptive.ARCHITECTURES[name].final_norm
+    assert model.exits[-1].final_norm is None
+    for own in (exit.final_norm for exit in model.exits[:-1]):
+        assert (own is None) == (path is None)
+        if own is not None:
+            norm = model.base_model.get_submodule(path)
+            assert torch.equal(own.weight, norm.weight)
+            assert own.weight is not norm.weight
+
+
 def test_a_new_model_is_finite_and_follows_the_seed(name):
     made = [architectures.model(name, exit_criterion="learned") for _ in range(2)]
     assert_all_finite(made[0])
