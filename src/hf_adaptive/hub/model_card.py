@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -187,7 +187,7 @@ def _stored_threshold(config: Any, report: "ExitReport | None") -> float | None:
 # Names
 
 
-def _is_hub_name(name: str | None) -> bool:
+def _is_hub_name(name: str | None) -> TypeGuard[str]:
     if name is None or name.count("/") != 1 or Path(name).exists():
         return False
     try:
@@ -243,7 +243,7 @@ def _facts(config: Any) -> str:
 
 
 def _routing_in_words(routing: str | float | None) -> str:
-    words = {
+    words: dict[str | float | None, str] = {
         "joint": "`joint`: every exit's loss updates all layers below it",
         "sweet": "`sweet`: every exit's loss updates only the layers since the exit before it",
         "disjoint": "`disjoint`: exits on a frozen backbone",
@@ -277,15 +277,9 @@ def _curve_table(report: "ExitReport", stored: float | None) -> str:
 def _curve_row(report: "ExitReport", point: "CurvePoint", is_stored: bool) -> tuple[str, ...]:
     cells = [f"{point.threshold:.4g}", f"{point.cost:.2f}", f"{point.accuracy:.4f}"]
     if report.full_seconds:
-        cells += _time_cells(report.full_seconds, point.seconds)
+        cells += [f"{point.seconds:.3f}", f"{report.speed(point):.2f}"]
     cells.append(" / ".join(f"{100 * share:.0f}" for share in point.exit_distribution))
     return tuple(f"**{cell}**" if is_stored else cell for cell in cells)
-
-
-def _time_cells(full_seconds: float, seconds: float | None) -> list[str]:
-    if not seconds:
-        return ["–", "–"]
-    return [f"{seconds:.3f}", f"{full_seconds / seconds:.2f}"]
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = True) -> str:

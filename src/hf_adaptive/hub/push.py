@@ -104,15 +104,15 @@ def choose_card_to_upload(
         repo_id, token, revision: Where it will be uploaded to.
     """
     path = Path(folder) / CARD_FILE
-    tags = ModelCard.load(path).data.tags or []
+    tags = _tags(ModelCard(path.read_text(encoding="utf-8")))
     existing = card_on_hub(repo_id, token=token, revision=revision)
     if existing is None or is_empty_form(existing):
         write_model_card(model_card(model, repo_id=repo_id, tags=tags), folder, overwrite=True)
         return
     card = ModelCard(existing, ignore_metadata_errors=True)
-    new = [tag for tag in tags if tag not in (card.data.tags or [])]
+    new = [tag for tag in tags if tag not in _tags(card)]
     if new:
-        card.data.tags = [*(card.data.tags or []), *new]
+        card.data["tags"] = [*_tags(card), *new]
         write_model_card(card, folder, overwrite=True)
     else:
         path.unlink()
@@ -148,3 +148,7 @@ def keep_card_of_hub(
             return False
     write_whole(path, lambda draft: Path(draft).write_bytes(existing.encode()))
     return True
+
+
+def _tags(card: ModelCard) -> list[str]:
+    return card.data.get("tags") or []
