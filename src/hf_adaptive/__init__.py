@@ -1,7 +1,7 @@
 """Early exits and constant attention for the text classifiers of `transformers`."""
 
 from .auto import AutoModelForSequenceClassificationWithExits
-from .evaluation import ExitReport, evaluate_exits
+from .evaluation import CalibrationReport, ExitCalibrator, ExitReport, calibrate_exits, evaluate_exits
 from .modeling import papa
 from .modeling.architectures import ARCHITECTURES, Architecture, make_class, register_architecture
 from .modeling.heads import Head
@@ -24,11 +24,14 @@ __all__ = [
     "ARCHITECTURES",
     "Architecture",
     "AutoModelForSequenceClassificationWithExits",
+    "CalibrationReport",
+    "ExitCalibrator",
     "ExitReport",
     "ExitsTrainer",
     "Head",
     "SequenceClassifierWithExitsOutput",
     "__version__",
+    "calibrate_exits",
     "evaluate_exits",
     "mean_attention",
     "rank_heads",

@@ -18,6 +18,7 @@ from ..files import write_whole
 from ..modeling.answers import Answers, choose_exits
 from ..modeling.criteria import CRITERIA, ThresholdPolicy
 from ..modeling.losses import problem_type
+from .data_use import note_use
 from .metrics import Metric, default_metric, label_array, metric_name, score
 from .plots import plot_report
 
@@ -140,6 +141,21 @@ def evaluate_exits(
     Raises:
         ValueError: No examples, no labels, or anything that `model.predict` refuses.
     """
+    if len(dataset):
+        note_use(model, dataset, "evaluation")
+    return measure_exits(model, dataset, metric, thresholds, batch_size, timed_examples, show_progress)
+
+
+def measure_exits(
+    model: Any,
+    dataset: Sequence[Mapping[str, Any]],
+    metric: Metric | None = None,
+    thresholds: Sequence[float] | None = None,
+    batch_size: int = 32,
+    timed_examples: int = 512,
+    show_progress: bool = True,
+) -> ExitReport:
+    """[`evaluate_exits`] for data that may be calibrated on later."""
     labels = label_array(dataset)
     metric = metric or default_metric(problem_type(model.config))
     was_training = model.training

@@ -11,7 +11,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 from transformers.utils import logging
 
 from ..evaluation.metrics import default_metric, metric_name, score
-from ..evaluation.report import ExitReport, evaluate_exits
+from ..evaluation.report import ExitReport, measure_exits
 from ..hub.model_card import PLOT_FILE, model_card, write_model_card
 from ..modeling.losses import problem_type
 
@@ -133,7 +133,7 @@ class ExitsTrainer(Trainer):
         """
         dataset = self.eval_dataset if dataset is None else dataset
         arguments = {"batch_size": self.args.per_device_eval_batch_size, "show_progress": not self.args.disable_tqdm}
-        self.report = evaluate_exits(self._exits_model, dataset, **{**arguments, **kwargs})
+        self.report = measure_exits(self._exits_model, dataset, **{**arguments, **kwargs})
         folder = self._folder
         self.report.to_json(folder / REPORT_FILE)
         self.report.plot(folder / PLOT_FILE)

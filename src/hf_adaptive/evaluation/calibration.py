@@ -1,0 +1,355 @@
+"""From held-out data to the temperatures and thresholds that a model keeps: `calibrate_exits`."""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from ..files import write_whole
+from ..modeling.answers import Answers
+from ..modeling.criteria import CRITERIA
+from ..modeling.losses import problem_type
+from .data_use import note_use
+from .exit_table import ExitTable, Thresholds
+from .metrics import LABEL_COLUMNS, label_array
+from .risk_control import candidate_settings, find_guaranteed_thresholds, split_examples
+from .temperature import TemperatureFit, fit_temperatures
+from .threshold_search import find_thresholds
+from .wishes import ThresholdChoice, Wish, make_wish
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """What was asked of a calibration and what it found.
+
+    Args:
+        criterion (`str`): What is compared with the thresholds.
+        thresholds (`list[float | None]`, *optional*): One for each exit but the last, in the criterion's unit; None if
+            nothing granted the wish (or there was none), and all layers are run.
+        choice (`ThresholdChoice`, *optional*): The wish, what it costs and saves on the calibration data, and the
+            guarantee; its own thresholds are on the scale of the search. None if only temperatures were asked for.
+        temperatures (`list[TemperatureFit]`, *optional*): One for each exit, with likelihood and calibration error
+            before and after; None if they were left as they are.
+        certainty_ranges (`list[tuple[float, float]]`, *optional*): Of each exit's learned unit, least and largest.
+        num_examples (`int`): Calibration examples in all.
+    """
+
+    criterion: str
+    thresholds: list[float | None] | None
+    choice: ThresholdChoice | None
+    temperatures: list[TemperatureFit] | None
+    certainty_ranges: list[tuple[float, float]] | None
+    num_examples: int
+
+    @property
+    def found(self) -> bool:
+        """Whether something granted the wish."""
+        return self.choice is not None and self.choice.found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as in the JSON file."""
+        return {
+            "criterion": self.criterion,
+            "thresholds": self.thresholds,
+            "choice": None if self.choice is None else self.choice.to_dict(),
+            "temperatures": None if self.temperatures is None else [fit.to_dict() for fit in self.temperatures],
+            "certainty_ranges": self.certainty_ranges,
+            "num_examples": self.num_examples,
+        }
+
+    def to_json(self, path: str | os.PathLike) -> None:
+        """Writes the report, whole or not at all."""
+        write_whole(path, lambda draft: Path(draft).write_text(json.dumps(self.to_dict(), indent=2) + "\n"))
+
+    def __str__(self) -> str:
+        if self.choice is None:
+            return f"Temperatures from {self.num_examples} examples: {_rounded(self.temperatures)}"
+        wish, measured = self.choice.wish, self.choice.measured
+        if not self.found:
+            return f"{wish}: nothing found on {measured.num_examples} examples; all layers are run."
+        text = f"{wish}: {self.criterion} thresholds {_shown(self.thresholds)}, cost {measured.mean_cost:.3f}"
+        if measured.accuracy is not None:
+            text += f", accuracy {measured.accuracy:.4f} (drop {measured.accuracy_drop:+.4f})"
+        text += f", {measured.disagreement:.1%} other answers, on {measured.num_examples} examples"
+        if self.choice.guarantee is not None:
+            text += f"; the bound holds on new data with confidence {self.choice.guarantee.confidence:g}"
+        return text + "."
+
+
+def calibrate_exits(
+    model: Any,
+    dataset: Sequence[Mapping[str, Any]],
+    *,
+    target_cost: float | None = None,
+    max_accuracy_drop: float | None = None,
+    max_disagreement: float | None = None,
+    confidence: float | None = None,
+    per_exit: bool = False,
+    temperatures: bool | None = None,
+    batch_size: int = 32,
+    seed: int = 0,
+    show_progress: bool = True,
+) -> CalibrationReport:
+    """Finds temperatures and thresholds on held-out data and stores them in the model's configuration.
+
+    For several wishes make an [`ExitCalibrator`], which runs the model once.
+
+    Args:
+        model: A classifier with exits, or a cascade.
+        dataset (`Sequence[Mapping]`): Tokenised examples that are used neither for training nor for evaluation, with
+            `labels` or `label` (only `max_disagreement` does without).
+        target_cost (`float`, *optional*): The most accurate setting at this mean cost (0.4: 40 % of the layers).
+        max_accuracy_drop (`float`, *optional*): The cheapest setting that loses at most so much accuracy against the
+            last exit (0.005: half a point).
+        max_disagreement (`float`, *optional*): The cheapest setting in which at most this share of the answers differs
+            from the last exit's.
+        confidence (`float`, *optional*): Makes the bound hold on new data of the same distribution with this
+            probability (see [`find_guaranteed_thresholds`]); a part of the data then serves only for testing.
+        per_exit (`bool`): One threshold an exit instead of one for all.
+        temperatures (`bool`, *optional*): Whether to fit temperatures; by default where there are labels of classes.
+        batch_size (`int`): Examples run at a time.
+        seed (`int`): Of the split that a confidence needs.
+        show_progress (`bool`): Whether to show a bar.
+
+    Returns:
+        `CalibrationReport`: What is stored now, and what it is worth.
+
+    Raises:
+        ValueError: Wishes that contradict each other or are out of range, missing labels, too few examples for the
+            confidence, or a criterion that means nothing for the problem.
+    """
+    wishes = {
+        "target_cost": target_cost,
+        "max_accuracy_drop": max_accuracy_drop,
+        "max_disagreement": max_disagreement,
+    }
+    calibrator = ExitCalibrator(
+        model, dataset, temperatures=temperatures, batch_size=batch_size, seed=seed, show_progress=show_progress
+    )
+    report = calibrator.calibrate(**wishes, confidence=confidence, per_exit=per_exit)
+    calibrator.store(report)
+    return report
+
+
+class ExitCalibrator:
+    """Runs a model once over calibration data, and then answers any number of wishes.
+
+    Args:
+        model, dataset, temperatures, batch_size, seed, show_progress: As in [`calibrate_exits`].
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        dataset: Sequence[Mapping[str, Any]],
+        *,
+        temperatures: bool | None = None,
+        batch_size: int = 32,
+        seed: int = 0,
+        show_progress: bool = True,
+    ):
+        self.model = model
+        self.config = model.config
+        self.criterion = CRITERIA[model.config.exit_criterion]
+        self.problem_type = problem_type(model.config)
+        self.seed = seed
+        self.labels = self._labels(dataset)
+        self.fits_temperatures = self._fits_temperatures(temperatures)
+        note_use(model, dataset, "calibration")
+        self._run(dataset, batch_size, show_progress)
+
+    def calibrate(
+        self,
+        *,
+        target_cost: float | None = None,
+        max_accuracy_drop: float | None = None,
+        max_disagreement: float | None = None,
+        confidence: float | None = None,
+        per_exit: bool = False,
+    ) -> CalibrationReport:
+        """Answers one wish (or none: temperatures only) without running the model again, and stores nothing.
+
+        Args:
+            target_cost, max_accuracy_drop, max_disagreement, confidence, per_exit: As in [`calibrate_exits`].
+        """
+        bounds = {
+            "target_cost": target_cost,
+            "max_accuracy_drop": max_accuracy_drop,
+            "max_disagreement": max_disagreement,
+        }
+        has_wish = any(bound is not None for bound in bounds.values())
+        if not has_wish and (confidence is not None or not self.fits_temperatures):
+            raise ValueError("say what is wanted: target_cost, max_accuracy_drop or max_disagreement.")
+        wish = make_wish(**bounds) if has_wish else None
+        tuning, testing = self._split(wish, confidence, per_exit)
+        fits = fit_temperatures(self.logits[tuning], self._label_tensor()[tuning]) if self.fits_temperatures else None
+        ranges = self._certainty_ranges(tuning)
+        choice = None
+        if wish is not None:
+            table = self._table(fits, ranges)
+            choice = _choose(table, wish, confidence, per_exit, tuning, testing)
+        return CalibrationReport(
+            criterion=self.criterion.name,
+            thresholds=self._user_thresholds(choice),
+            choice=choice,
+            temperatures=fits,
+            certainty_ranges=ranges,
+            num_examples=len(self.logits),
+        )
+
+    def store(self, report: CalibrationReport) -> None:
+        """Writes what a report found into the model's configuration (saved with it)."""
+        if report.temperatures is not None:
+            self.config.exit_temperatures = [fit.temperature for fit in report.temperatures]
+        if report.certainty_ranges is not None:
+            for head, (least, largest) in zip(self.model.exits, report.certainty_ranges):
+                head.certainty.least.fill_(least)
+                head.certainty.largest.fill_(largest)
+        if report.choice is not None:
+            self.config.exit_thresholds = report.thresholds
+            if not report.found:
+                logger.warning(str(report))
+
+    # What was run
+
+    def _labels(self, dataset: Sequence[Mapping[str, Any]]) -> Any:
+        has_labels = len(dataset) == 0 or any(name in dataset[0] for name in LABEL_COLUMNS)
+        return label_array(dataset) if has_labels else None
+
+    def _fits_temperatures(self, asked: bool | None) -> bool:
+        is_possible = self.labels is not None and self.problem_type != "regression"
+        if asked and not is_possible:
+            raise ValueError(
+                "temperatures=True needs labels of classes: "
+                f"{'the examples have none' if self.labels is None else 'this is regression'}. Add a column 'labels', "
+                "or pass temperatures=False."
+            )
+        return is_possible if asked is None else asked
+
+    def _run(self, dataset: Sequence[Mapping[str, Any]], batch_size: int, show_progress: bool) -> None:
+        """One pass over the data: logits before temperatures, and certainties before their range, of every exit."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            everything = [None] * (len(self.config.exit_layers) - 1)
+            outputs = self.model.predict(dataset, batch_size, exit_thresholds=everything, show_progress=show_progress)
+        finally:
+            self.model.train(was_training)
+        self.logits = outputs.exit_logits.double() * self._temperature_tensor(self.config.exit_temperatures)
+        self.certainty = None if outputs.exit_certainty is None else self._unstretched(outputs.exit_certainty.double())
+
+    def _unstretched(self, certainty: torch.Tensor) -> torch.Tensor:
+        units = [head.certainty for head in self.model.exits]
+        least = torch.tensor([unit.least.item() for unit in units], dtype=torch.float64)
+        largest = torch.tensor([unit.largest.item() for unit in units], dtype=torch.float64)
+        return least + certainty * (largest - least)
+
+    def _temperature_tensor(self, temperatures: list[float] | None) -> torch.Tensor:
+        values = [1.0] * len(self.config.exit_layers) if temperatures is None else temperatures
+        return torch.tensor(values, dtype=torch.float64).view(-1, 1)
+
+    def _label_tensor(self) -> torch.Tensor:
+        return torch.as_tensor(self.labels)
+
+    # What is tried
+
+    def _split(self, wish: Wish | None, confidence: float | None, per_exit: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Examples that shape scores and candidates, and examples that test them: the same without a confidence."""
+        everything = torch.arange(len(self.logits))
+        shapes_something = self.fits_temperatures or self.certainty is not None or per_exit
+        if wish is None or confidence is None or not shapes_something:
+            return everything, everything
+        return split_examples(len(everything), seed=self.seed)
+
+    def _certainty_ranges(self, tuning: torch.Tensor) -> list[tuple[float, float]] | None:
+        if self.certainty is None:
+            return None
+        seen = self.certainty[tuning]
+        return list(zip(seen.amin(dim=0).tolist(), seen.amax(dim=0).tolist()))
+
+    def _table(self, fits: list[TemperatureFit] | None, ranges: list[tuple[float, float]] | None) -> ExitTable:
+        self.criterion.check_problem_type(self.problem_type)
+        temperatures = self.config.exit_temperatures if fits is None else [fit.temperature for fit in fits]
+        # As the model computes it: float32, divided by the temperatures.
+        logits = (self.logits / self._temperature_tensor(temperatures)).float()
+        answers = Answers(logits, torch.zeros(len(logits), dtype=torch.long), self._stretched(ranges))
+        exits = range(logits.shape[1])
+        signals = torch.stack(
+            [self.criterion.signal(answers.evidence(index, self.config)).double() for index in exits], dim=1
+        )
+        signals = signals.masked_fill(logits.isnan().any(dim=-1), math.nan)
+        scores = signals if self.criterion.leaves_above else -signals
+        agrees, correct = self._agreement(logits)
+        costs = torch.tensor(self.config.exit_costs, dtype=torch.float64)
+        return ExitTable(scores, agrees, costs, correct, lowest_score=self._lowest_score())
+
+    def _stretched(self, ranges: list[tuple[float, float]] | None) -> torch.Tensor | None:
+        if ranges is None or self.certainty is None:
+            return None
+        least, largest = torch.tensor(ranges, dtype=torch.float64).unbind(dim=1)
+        return ((self.certainty - least) / (largest - least)).clamp(0, 1).float()
+
+    def _agreement(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Whether each exit says what the last one says, and what the label says: `(examples, exits)` each."""
+        labels = None if self.labels is None else self._label_tensor()
+        if self.problem_type == "regression":
+            # A number is not right or wrong; two numbers can be the same within the tolerance.
+            distance = (logits - logits[:, -1:]).abs().amax(dim=-1)
+            return distance <= self.config.exit_tolerance, None
+        if self.problem_type == "multi_label_classification":
+            answers = logits > 0
+            right = None if labels is None else (answers == labels.bool().unsqueeze(1)).all(dim=-1)
+            return (answers == answers[:, -1:]).all(dim=-1), right
+        answers = logits.argmax(dim=-1)
+        return answers == answers[:, -1:], None if labels is None else answers == labels.view(-1, 1)
+
+    def _lowest_score(self) -> float:
+        """Where everything leaves: the end of the criterion's range."""
+        first = self.criterion.useful_thresholds(self.config.num_labels, len(self.config.exit_layers))[0]
+        end = {"confidence": 0.0}.get(self.criterion.name, first)
+        return end if self.criterion.leaves_above else -end
+
+    def _user_thresholds(self, choice: ThresholdChoice | None) -> list[float | None] | None:
+        """From the scale of the search to the criterion's; None where nothing leaves early."""
+        if choice is None or not choice.found or choice.thresholds == (None,) * len(choice.thresholds):
+            return None
+        return [None if score is None else self._user_threshold(score) for score in choice.thresholds]
+
+    def _user_threshold(self, score: float) -> float:
+        threshold = score if self.criterion.leaves_above else -score
+        # Between two counts of agreeing exits lies no count.
+        return float(math.ceil(threshold)) if self.criterion.name == "patience" else threshold
+
+
+def _choose(
+    table: ExitTable,
+    wish: Wish,
+    confidence: float | None,
+    per_exit: bool,
+    tuning: torch.Tensor,
+    testing: torch.Tensor,
+) -> ThresholdChoice:
+    if confidence is None:
+        return find_thresholds(table, wish, per_exit)
+    candidates: list[Thresholds] | None = candidate_settings(table.select(tuning), wish) if per_exit else None
+    return find_guaranteed_thresholds(table.select(testing), wish, confidence, candidates)
+
+
+def _rounded(fits: list[TemperatureFit] | None) -> str:
+    return ", ".join(f"{fit.temperature:.3g}" for fit in fits or [])
+
+
+def _shown(thresholds: list[float | None] | None) -> str:
+    if thresholds is None:
+        return "none"
+    if len(set(thresholds)) == 1 and thresholds[0] is not None:
+        return f"{thresholds[0]:.4g} each"
+    return "[" + ", ".join("–" if one is None else f"{one:.4g}" for one in thresholds) + "]"

@@ -1,0 +1,34 @@
+"""Calibration never sees evaluation data: remembers on a model which data served for what, and warns."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+
+def note_use(model: Any, dataset: Sequence[Mapping[str, Any]], use: str) -> None:
+    """Remembers what a data set was used for; warns if the same examples served for the other purpose.
+
+    Args:
+        model: A classifier with exits, or a cascade.
+        dataset (`Sequence[Mapping]`): Tokenised examples.
+        use (`str`): `calibration` or `evaluation`.
+    """
+    other = "evaluation" if use == "calibration" else "calibration"
+    used = model.__dict__.setdefault("_data_used_for", {"calibration": set(), "evaluation": set()})
+    own = _print_of(dataset)
+    if own in used[other]:
+        warnings.warn(
+            f"these examples are used for {use}, but this model used them for {other} before: scores on data that "
+            "thresholds or temperatures were chosen on are too good. Hold out a part for calibration, and report on "
+            "the rest.",
+            stacklevel=3,
+        )
+    used[use].add(own)
+
+
+def _print_of(dataset: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:
+    """Tells data sets apart by their size and a few of their examples."""
+    places = {0, len(dataset) // 3, len(dataset) // 2, len(dataset) - 1}
+    return (len(dataset), *(tuple(np.asarray(dataset[place]["input_ids"]).tolist()) for place in sorted(places)))
