@@ -317,7 +317,7 @@ def test_attention_implementations_agree(name):
         other.set_attn_implementation(implementation)
         assert other.base_model.config._attn_implementation == implementation
         answers.append(other(**inputs, exit_thresholds=thresholds))
-    assert_same(*answers, atol=1e-5)
+    assert_same(*answers, atol=5e-5)
 
 
 @torch.no_grad()

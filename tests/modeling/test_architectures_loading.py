@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -433,14 +434,22 @@ class MixerForSequenceClassification(MixerPreTrainedModel):
 
 
 @pytest.fixture
-def mixer():
-    """Registered as a user would."""
+def register_mixer():
+    """Registers it as a user would, for one test."""
     AutoConfig.register("mixer", MixerConfig, exist_ok=True)
-    hf_adaptive.register_architecture(
-        hf_adaptive.Architecture("Mixer", "blocks", hf_adaptive.Head("out"), source=sys.modules[__name__])
-    )
-    yield MixerForSequenceClassification(MixerConfig(num_labels=3)).eval()
+
+    def register(head, source):
+        hf_adaptive.register_architecture(hf_adaptive.Architecture("Mixer", "blocks", head, source=source))
+
+    yield register
     del hf_adaptive.ARCHITECTURES["mixer"]
+
+
+@pytest.fixture
+def mixer(register_mixer):
+    """The registered architecture's plain classifier."""
+    register_mixer(hf_adaptive.Head("out"), sys.modules[__name__])
+    return MixerForSequenceClassification(MixerConfig(num_labels=3)).eval()
 
 
 def test_a_backbone_from_outside_transformers_is_one_entry(mixer, tmp_path):
@@ -464,9 +473,40 @@ def test_a_backbone_from_outside_transformers_is_one_entry(mixer, tmp_path):
             torch.testing.assert_close(alone.logits[0], early.logits[index])
 
 
+@pytest.mark.parametrize("kind", [MixerModel, MixerForSequenceClassification])
+def test_a_backbone_without_a_classifier_of_its_own(kind, register_mixer, tmp_path):
+    source = ModuleType("user_code")
+    source.MixerConfig, source.MixerModel = MixerConfig, MixerModel
+    register_mixer(hf_adaptive.Head(), source)
+    plain = kind(MixerConfig()).eval()
+    plain.save_pretrained(tmp_path)
+    model, info = WithExits.from_pretrained(tmp_path, exit_layers=[1, 3], output_loading_info=True)
+    assert info["missing_keys"] == {f"exits.{key}" for key in model.exits.state_dict()}
+    assert_all_finite(model)
+    with torch.no_grad():
+        assert torch.equal(model.base_model(**INPUTS).last_hidden_state, plain.base_model(**INPUTS).last_hidden_state)
+        assert model(**INPUTS).exit_logits.shape == (6, 2, 2)
+
+
+def test_a_second_registration_goes_before_the_first(mixer, register_mixer):
+    first = hf_adaptive.make_class("MixerForSequenceClassificationWithExits")
+    register_mixer(hf_adaptive.Head(dense="inner"), sys.modules[__name__])
+    second = hf_adaptive.make_class("MixerForSequenceClassificationWithExits")
+    assert first is not second
+    model = WithExits.from_config(second.config_class(exit_layers=[1, 3]))
+    assert type(model) is second
+    assert model.exits[0].dense is not None
+
+
+def test_classes_are_made_once():
+    for architecture in hf_adaptive.ARCHITECTURES.values():
+        for name in (architecture.config_name, architecture.backbone_name, architecture.classifier_name):
+            assert hf_adaptive.make_class(name) is hf_adaptive.make_class(name)
+
+
 def test_a_classifier_that_does_not_say_where_its_backbone_is(monkeypatch):
     monkeypatch.setattr(MixerPreTrainedModel, "base_model_prefix", "")
-    with pytest.raises(ValueError, match=r"MixerForSequenceClassification\.base_model_prefix is empty; set it to"):
+    with pytest.raises(ValueError, match=r"MixerPreTrainedModel\.base_model_prefix is empty; set it to"):
         hf_adaptive.register_architecture(
             hf_adaptive.Architecture("Mixer", "blocks", hf_adaptive.Head("out"), source=sys.modules[__name__])
         )

@@ -60,10 +60,15 @@ class Architecture:
         return getattr(self.source, self.name + suffix)
 
     @property
-    def stock_base(self) -> type:
+    def stock_base(self) -> Any:
         """The class that all models of this architecture come from."""
         # By inheritance, not by name: that of Gemma3TextModel is Gemma3PreTrainedModel.
         return next(base for base in self.stock("Model").__mro__[1:] if issubclass(base, PreTrainedModel))
+
+    @property
+    def plain_classifier(self) -> Any:
+        """What reads plain checkpoints: the stock classifier, or the bare backbone where there is none."""
+        return _make_bare(self) if self.head.classifier is None else self.stock("ForSequenceClassification")
 
     def default_pooling(self, config: Any) -> str:
         """Default of `exit_pooling` for a configuration."""
@@ -203,8 +208,9 @@ def register_architecture(architecture: Architecture) -> None:
     that program, because its code does not travel with them.
 
     Args:
-        architecture (`Architecture`): Its `source` holds the configuration, backbone and stock classifier; the stock
-            configuration itself is registered with `AutoConfig`, as for any model.
+        architecture (`Architecture`): Its `source` holds the configuration, the backbone, whose output has a
+            `last_hidden_state`, and the stock classifier if there is one; the stock configuration itself is registered
+            with `AutoConfig`, as for any model.
 
     Example:
 
@@ -213,15 +219,17 @@ def register_architecture(architecture: Architecture) -> None:
         >>> register_architecture(Architecture("Mixer", layers="blocks", head=head, source=sys.modules[__name__]))
 
     Raises:
-        ValueError: The stock classifier has no `base_model_prefix`.
+        ValueError: The stock classes have no `base_model_prefix`.
     """
-    stock = architecture.stock("ForSequenceClassification")
-    if not stock.base_model_prefix:
+    if not architecture.stock_base.base_model_prefix:
         raise ValueError(
-            f"{stock.__name__}.base_model_prefix is empty; set it to the name of the attribute that holds its "
-            f"{architecture.name}Model."
+            f"{architecture.stock_base.__name__}.base_model_prefix is empty; set it to the name of the attribute that "
+            f"holds the {architecture.name}Model in a classifier."
         )
     ARCHITECTURES[architecture.model_type] = architecture
+    for name in (architecture.config_name, architecture.backbone_name, architecture.classifier_name):
+        # A second registration (of a class defined again in a notebook) goes before the first.
+        globals().pop(name, None)
     config_class = make_class(architecture.config_name)
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     AutoModel.register(config_class, make_class(architecture.backbone_name), exist_ok=True)
@@ -254,6 +262,8 @@ def make_class(name: str) -> Any:
     Raises:
         AttributeError: No architecture has a class of this name.
     """
+    if name in globals():
+        return globals()[name]
     for architecture in ARCHITECTURES.values():
         makers = {
             architecture.config_name: _make_config,
@@ -261,6 +271,7 @@ def make_class(name: str) -> Any:
             architecture.classifier_name: _make_classifier,
         }
         if name in makers:
+            # Several threads may ask at once: the first class made is the one.
             return globals().setdefault(name, makers[name](architecture))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
@@ -307,6 +318,18 @@ def _make_classifier(architecture: Architecture) -> type:
         "AutoModelForSequenceClassification",
         architecture,
         __doc__=f"{architecture.name} with a classifier after each of `config.exit_layers`. {ExitsMixin.__doc__}",
-        base_model_prefix=architecture.stock("ForSequenceClassification").base_model_prefix,
         config_class=make_class(architecture.config_name),
     )
+
+
+def _make_bare(architecture: Architecture) -> type:
+    """A stock model that has a backbone and nothing else."""
+    base = architecture.stock_base
+
+    def initialise(self, config):
+        base.__init__(self, config)
+        setattr(self, self.base_model_prefix, architecture.stock("Model")(config, **architecture.model_arguments))
+        self.post_init()
+
+    attributes = {"__init__": initialise, "__module__": __name__, "config_class": architecture.stock("Config")}
+    return type(f"Bare{architecture.name}Model", (base,), attributes)

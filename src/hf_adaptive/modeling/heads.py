@@ -42,7 +42,8 @@ class Head:
     Applied in the order: input dropout, dense, activation, norm, dropout, classifier.
 
     Args:
-        classifier (`str`): Path of the last linear layer in the stock `…ForSequenceClassification`.
+        classifier (`str`, *optional*): Path of the last linear layer in the stock `…ForSequenceClassification`; None
+            if there is no such class: a plain checkpoint then gives its backbone only, and all heads are new.
         dense (`str`, *optional*): Path of the linear layer before it; None if there is none.
         dense_bias, classifier_bias (`Callable`): From the configuration, whether these have a bias.
         activation (`str`): A name of `ACT2FN`, or the configuration field that holds one.
@@ -51,7 +52,7 @@ class Head:
         input_dropout, dropout (`Callable`): Dropout probabilities from the configuration.
     """
 
-    classifier: str
+    classifier: str | None = None
     dense: str | None = None
     dense_bias: Callable[[Any], bool] = lambda config: True
     classifier_bias: Callable[[Any], bool] = lambda config: True

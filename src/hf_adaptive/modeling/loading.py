@@ -180,7 +180,7 @@ class _StockCheckpoint:
         # The report of this load is kept quiet: its weights are loaded once more, with their final names.
         self.arguments = {"config": config.to_plain(), "output_loading_info": True, **arguments}
         with _reports(_is_error):
-            self.model, self.info = self.architecture.stock("ForSequenceClassification").from_pretrained(
+            self.model, self.info = self.architecture.plain_classifier.from_pretrained(
                 path, ignore_mismatched_sizes=True, **self.arguments
             )
         self.resized = {key: shapes for key, *shapes in self.info["mismatched_keys"]}
