@@ -189,3 +189,24 @@ def test_any_invalid_value_is_refused_by_name(field, data):
     value = data.draw(INVALID[field])
     with pytest.raises(ValueError, match=field):
         tiny.config(**{field: value})
+
+
+# As written by older versions: rotary settings in fields of their own, a list as text.
+OLDER = {
+    "deberta-v2": {"pos_att_type": "p2c|c2p"},
+    "eurobert": {"rope_theta": 250000.0},
+    "gemma3_text": {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window_pattern": 6},
+    "llama": {"rope_theta": 5e5, "rope_scaling": {"factor": 8.0, "rope_type": "linear"}},
+    "modernbert": {"global_attn_every_n_layers": 3, "global_rope_theta": 160000.0, "local_rope_theta": 10000.0},
+    "qwen2": {"rope_theta": 1e6, "max_window_layers": 28},
+}
+
+
+@pytest.mark.parametrize("name", sorted(hf_adaptive.ARCHITECTURES))
+def test_a_plain_configuration_survives_exits_and_back(name):
+    architecture = hf_adaptive.ARCHITECTURES[name]
+    for fields in ({}, OLDER.get(name, {})):
+        plain = architecture.stock("Config")(**fields)
+        own = hf_adaptive.make_class(architecture.config_name).from_plain(plain)
+        assert own.exit_layers[-1] == plain.num_hidden_layers
+        assert own.to_plain().to_dict() == plain.to_dict()
