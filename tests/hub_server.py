@@ -176,9 +176,9 @@ class HubServer:
         return done.stdout if check else done.stdout + done.stderr
 
 
-@pytest.fixture
-def hub_server() -> Iterator[HubServer]:
-    """An empty Hub."""
+@pytest.fixture(scope="module", name="hub_server")
+def served_hub() -> Iterator[HubServer]:
+    """A Hub for the tests of one module, empty at first. A module that imports this function can use `hub_server`."""
     server = HubServer()
     yield server
     server.close()

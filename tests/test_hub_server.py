@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests import tiny
-from tests.hub_server import HubServer, metadata_errors
+from tests.hub_server import metadata_errors, served_hub  # noqa: F401
 
 CLIENT = """
 import json, os, sys
@@ -124,26 +124,23 @@ print(json.dumps(found))
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory):
+def client(hub_server, tmp_path_factory):
     """What the client found, and the server after it."""
-    server = HubServer()
-    yield json.loads(server.run(CLIENT, tmp_path_factory.mktemp("client"))), server
-    server.close()
+    return json.loads(hub_server.run(CLIENT, tmp_path_factory.mktemp("client"))), hub_server
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
+def models(hub_server, tmp_path_factory):
     """A stock model, what a process found that loaded it and others, and the server they went through."""
-    folder, server = tmp_path_factory.mktemp("models"), HubServer()
+    folder = tmp_path_factory.mktemp("models")
     model = tiny.plain_model("bert")
     model.save_pretrained(folder / "stock")
     tiny.tokenizer().save_pretrained(folder / "stock")
     (folder / "first" / "own").mkdir(parents=True)
     (folder / "first" / "own" / "modeling_scaled.py").write_text(CODE)
     (folder / "first" / "own" / "scaling.py").write_text("def scale(weight, factor):\n    return weight * factor\n")
-    server.run(PUSH, folder / "first", folder / "stock")
-    yield model, json.loads(server.run(LOAD, folder / "second")), server
-    server.close()
+    hub_server.run(PUSH, folder / "first", folder / "stock")
+    return model, json.loads(hub_server.run(LOAD, folder / "second")), hub_server
 
 
 def test_every_commit_can_be_read(client):

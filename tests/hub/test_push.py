@@ -8,7 +8,7 @@ import pytest
 import hf_adaptive
 from tests import tiny
 from tests.hub.test_model_card import REPORT, snippets
-from tests.hub_server import HubServer
+from tests.hub_server import served_hub  # noqa: F401
 
 PACKAGE = str(Path(hf_adaptive.__file__).parents[1])
 OWN = "---\n# a note in the metadata\nlicense: mit\n---\n\nMy own words.\n"
@@ -67,18 +67,17 @@ print(json.dumps(found))
 
 
 @pytest.fixture(scope="module")
-def pushed(tmp_path_factory):
+def pushed(hub_server, tmp_path_factory):
     """What a process found that pushed with the package, and the server after it."""
-    folder, server = tmp_path_factory.mktemp("pushed"), HubServer()
+    folder = tmp_path_factory.mktemp("pushed")
     tiny.model("bert", exit_thresholds=[0.9, 0.9]).save_pretrained(folder / "model")
     tiny.tokenizer().save_pretrained(folder / "model")
     REPORT.to_json(folder / "model" / "exit_report.json")
     REPORT.plot(folder / "model" / "exits.png")
     for name in ("own", "own-tagged", "overwritten", "branch"):
-        server.write(f"someone/{name}", "README.md", OWN.encode())
-    server.write("someone/bare", "a.txt", b"")
-    yield json.loads(server.run(SCRIPT, folder / "home", folder / "model", PYTHONPATH=PACKAGE)), server
-    server.close()
+        hub_server.write(f"someone/{name}", "README.md", OWN.encode())
+    hub_server.write("someone/bare", "a.txt", b"")
+    return json.loads(hub_server.run(SCRIPT, folder / "home", folder / "model", PYTHONPATH=PACKAGE)), hub_server
 
 
 def card(server, name, revision="main"):
