@@ -1,4 +1,4 @@
-# make demo, make test: each sets up all it needs; only Python 3.10+ and pip have to be there.
+# make demo, make test, make test-lowest: each sets up all it needs; only Python 3.10+ and pip have to be there.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,13 +7,19 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-lowest lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# What depends on transformers most, with the lowest versions that pyproject.toml allows (but for torch).
+test-lowest:
+	$(MAKE) VENV=.venv-lowest .venv-lowest/.lowest
+	.venv-lowest/bin/python -m pytest -n 2 --dist loadfile -k "not compiled" \
+		tests/modeling/test_architectures.py tests/modeling/test_architectures_loading.py tests/modeling/test_golden_sweet.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -34,5 +40,11 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(PIP_INSTALL) --editable ".[dev]"
 	touch $@
 
+$(VENV)/.lowest: $(VENV)/.torch pyproject.toml
+	grep -oE '"[a-z0-9-]+>=[0-9.]+' pyproject.toml | tr -d '"' | sed 's/>=/==/' | grep -vE '^(torch|setuptools)=' \
+		> $(VENV)/lowest.txt
+	$(PIP_INSTALL) --editable ".[test]" --constraint $(VENV)/lowest.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) .cache outputs
+	rm -rf $(VENV) .venv-lowest .cache outputs

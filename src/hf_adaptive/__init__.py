@@ -1,9 +1,14 @@
 """Early exits and constant attention for the text classifiers of `transformers`."""
 
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
 from .auto import AutoModelForSequenceClassificationWithExits
 from .evaluation import CalibrationReport, ExitCalibrator, ExitReport, calibrate_exits, evaluate_exits
+from .hub import choose_card_to_upload
 from .modeling import papa
 from .modeling.architectures import ARCHITECTURES, Architecture, make_class, register_architecture
+from .modeling.cascade import CascadeConfig, CascadeForSequenceClassification
+from .modeling.exits import ExitsMixin
 from .modeling.heads import Head
 from .modeling.outputs import SequenceClassifierWithExitsOutput
 from .probing import mean_attention, rank_heads
@@ -13,6 +18,9 @@ from .version import __version__
 for _architecture in list(ARCHITECTURES.values()):
     register_architecture(_architecture)
 papa.register()
+ExitsMixin.before_upload = CascadeForSequenceClassification.before_upload = choose_card_to_upload
+AutoConfig.register(CascadeConfig.model_type, CascadeConfig, exist_ok=True)
+AutoModelForSequenceClassification.register(CascadeConfig, CascadeForSequenceClassification, exist_ok=True)
 
 
 def __getattr__(name: str) -> type:
@@ -25,6 +33,8 @@ __all__ = [
     "Architecture",
     "AutoModelForSequenceClassificationWithExits",
     "CalibrationReport",
+    "CascadeConfig",
+    "CascadeForSequenceClassification",
     "ExitCalibrator",
     "ExitReport",
     "ExitsTrainer",

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from tests import golden_sweet as golden
 
 pytestmark = pytest.mark.parametrize("family", golden.FAMILIES)

@@ -156,18 +156,18 @@ class Leaving:
         warn_of_nan(self.exit_layers[index], int(is_nan.sum()), len(self.rows))
         self.staying = (leaves == 0).nonzero().flatten()
         if len(self.staying):
-            # Constant attention goes by the position, so padding on the left has to stay.
-            first = 0 if self.config.constant_heads else int(start[self.staying].min())
+            first = 0 if self.config.counts_positions else int(start[self.staying].min())
             self.window = first, int(stop[self.staying].max())
 
-    def shrink(self, hidden: torch.Tensor) -> torch.Tensor:
+    def shrink(self, hidden: torch.Tensor | None) -> torch.Tensor | None:
         """Keeps the rows that stay, without the padding that only rows gone needed; returns their hidden state."""
         staying = self.staying.to(self.rows.device)
         self.rows = self.rows[staying]
         self.inputs = self.inputs.select(staying)
-        hidden = hidden[staying.to(hidden.device)]
+        if hidden is not None:
+            hidden = hidden[staying.to(hidden.device)]
         if not self.inputs.can_be_trimmed:
             return hidden
         start, stop = self.window
         self.inputs = self.inputs.columns(start, stop)
-        return hidden[:, start:stop]
+        return None if hidden is None else hidden[:, start:stop]

@@ -74,6 +74,10 @@ class ExitsConfigMixin(ConfigBase):
         self.exit_layers = list(self.exit_layers)
         check_routing(self.exit_routing)
         check_choice("exit_pooling", self.exit_pooling, POOLINGS)
+        self._check_decisions()
+
+    def _check_decisions(self) -> None:
+        """Checks the fields that say when rows leave and what is learned."""
         check_choice("exit_criterion", self.exit_criterion, tuple(CRITERIA))
         self._check_list("exit_loss_weights", "a finite number of at least 0", lambda x: x >= 0)
         if self.exit_loss_weights is not None and not any(self.exit_loss_weights):
@@ -159,6 +163,11 @@ class ExitsConfigMixin(ConfigBase):
         )
         plain._attn_implementation = self._attn_implementation
         return plain
+
+    @property
+    def counts_positions(self) -> bool:
+        """Whether padding on the left has to stay when a batch shrinks: constant attention goes by the position."""
+        return bool(self.constant_heads)
 
     @property
     def exit_costs(self) -> list[float]:

@@ -193,6 +193,11 @@ def _agrees_with_exit_before(evidence: Evidence) -> torch.Tensor:
         answers = logits > 0
         return (answers[:, 1:] == answers[:, :-1]).all(dim=-1).long()
     assert evidence.tolerance is not None, "checked with the problem type"
+    if evidence.tolerance is None:
+        raise ValueError(
+            "exit_criterion='patience' in regression needs exit_tolerance, the distance up to which two numbers are "
+            "the same answer, got None. Set model.config.exit_tolerance, in the unit of the labels."
+        )
     distance = (logits[:, 1:] - logits[:, :-1]).abs().amax(dim=-1)
     return (distance <= evidence.tolerance).long()
 

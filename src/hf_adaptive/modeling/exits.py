@@ -12,14 +12,15 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
-from .answers import Answers, ExitAnswer, Leaving, choose_exits, warn_of_nan
+from .answers import Answers, ExitAnswer, Leaving
 from .constant_attention import initialize_constants, install_constant_heads
-from .criteria import CRITERIA, ForcedPolicy, Policy, ThresholdPolicy
+from .criteria import Policy
+from .decisions import DecidesRowByRow
 from .heads import CertaintyUnit, ExitHead
 from .inputs import BackboneInputs, positions_of_real_tokens
 from .layers import LayerList, LayerRun, Pause, Progress, install_layer_list
 from .loading import LoadsPlainCheckpoints
-from .losses import answer_loss, certainty_loss, check_labels, exits_loss, problem_type
+from .losses import check_labels
 from .outputs import SequenceClassifierWithExitsOutput
 from .prediction import PredictsDatasets
 from .routing import gradient_share, pass_gradient
@@ -31,7 +32,7 @@ logger = logging.get_logger(__name__)
 NOT_GATHERED = ("exit_logits", "exit_index", "exit_certainty", "hidden_states", "attentions")
 
 
-class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, PredictsDatasets):
+class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, PredictsDatasets, DecidesRowByRow):
     """A head after each of `config.exit_layers` of an unmodified backbone.
 
     In training mode every exit is computed, and the loss is the sum of theirs (`exit_loss_weights`), routed by
@@ -85,6 +86,11 @@ class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, PredictsDatasets):
                 f"exit_routing={self.config.exit_routing!r} has no meaning for {self.architecture.name}, whose layers "
                 "are one shared module: use 'joint', 'sweet' (the module learns from the first exit) or 'disjoint'."
             )
+
+    @property
+    def _stages(self) -> tuple[int, ...]:
+        """Where rows can wait for others, in layers run."""
+        return tuple(self.config.exit_layers[:-1])
 
     @property
     def _layers(self) -> LayerList:
@@ -190,37 +196,6 @@ class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, PredictsDatasets):
             )
         return (input_ids != pad).long() if pooling == "last" and input_ids is not None and pad is not None else None
 
-    def _policy(self, thresholds: Any, exit_at: int | None) -> Policy | None:
-        """When rows leave; None to run everything and answer with the last exit."""
-        if exit_at is not None:
-            return self._forced_policy(thresholds, exit_at)
-        thresholds = self.config.exit_thresholds if thresholds is None else thresholds
-        if thresholds is None:
-            return None
-        # Those of the configuration too: `model.config.exit_thresholds = ...` checks nothing.
-        thresholds = self.config.checked_thresholds(thresholds)
-        if self.training or all(threshold is None for threshold in thresholds):
-            return None
-        criterion = CRITERIA[self.config.exit_criterion]
-        criterion.check_problem_type(problem_type(self.config))
-        if self._exits_are_untrained:
-            logger.warning_once(
-                "exit_thresholds are used with exits that were never trained: what they say means nothing. "
-                "Fine-tune the model first, or load a checkpoint with trained exits."
-            )
-        return ThresholdPolicy(criterion, thresholds)
-
-    def _forced_policy(self, thresholds: Any, exit_at: int) -> Policy | None:
-        if thresholds is not None:
-            raise ValueError(f"give exit_at={exit_at} or exit_thresholds={thresholds}, not both.")
-        if isinstance(exit_at, bool) or exit_at not in self.config.exit_layers:
-            raise ValueError(
-                f"exit_at must be one of exit_layers={self.config.exit_layers} (layers run), got {exit_at!r}."
-            )
-        index = self.config.exit_layers.index(exit_at)
-        is_last = index == len(self.config.exit_layers) - 1
-        return None if self.training or is_last else ForcedPolicy(index)
-
     def _output_flags(self, output_hidden_states: bool | None, output_attentions: bool | None) -> dict[str, bool]:
         asked = {
             "output_hidden_states": output_hidden_states,
@@ -247,12 +222,6 @@ class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, PredictsDatasets):
         outputs, _ = self._run_layers(inputs, at_exit, flags)
         answers.append(self._exit_answer(len(answers), outputs.last_hidden_state, inputs))
         return Answers.of_every_exit(answers), outputs
-
-    def _choose_exits(self, answers: Answers, policy: Policy) -> torch.Tensor:
-        is_nan = answers.logits[:, :-1].isnan().any(dim=-1)
-        for depth, count in zip(self.config.exit_layers, is_nan.sum(dim=0).tolist()):
-            warn_of_nan(depth, count, len(is_nan))
-        return choose_exits(answers, policy, self.config)
 
     def _run_layers(
         self,
@@ -329,12 +298,3 @@ class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, PredictsDatasets):
         last = len(self.exits) - 1
         leaving.answer(last, self._exit_answer(last, outputs.last_hidden_state, leaving.inputs))
         return None
-
-    def _loss(self, answers: Answers, labels: torch.Tensor, policy: Policy | None) -> torch.Tensor:
-        self._exits_are_untrained = self._exits_are_untrained and not self.training
-        if policy is not None:
-            return answer_loss(answers.taken, labels, self.config)
-        loss = exits_loss(answers.logits, labels, self.config)
-        if answers.certainty is None:
-            return loss
-        return loss + certainty_loss(answers.logits, answers.certainty, labels, self.config)

@@ -30,17 +30,19 @@ class _Rows:
     Args:
         places (`torch.LongTensor` of shape `(rows,)`): Where they stand in the data set.
         inputs (`BackboneInputs`): What the backbone is given.
-        hidden (`torch.Tensor` of shape `(rows, length, hidden)`): Output of the last layer that was run.
+        hidden (`torch.Tensor` of shape `(rows, length, hidden)`, *optional*): Output of the last layer that was run;
+            None where the next stage begins anew (a cascade).
     """
 
     places: torch.Tensor
     inputs: BackboneInputs
-    hidden: torch.Tensor
+    hidden: torch.Tensor | None
 
     def split(self, count: int) -> tuple["_Rows", "_Rows"]:
         """The first `count` rows, and the others."""
         parts = slice(0, count), slice(count, None)
-        first, rest = (_Rows(self.places[p], self.inputs.select(p), self.hidden[p]) for p in parts)
+        hidden = [None if self.hidden is None else self.hidden[part] for part in parts]
+        first, rest = (_Rows(self.places[p], self.inputs.select(p), h) for p, h in zip(parts, hidden))
         return first, rest
 
 
@@ -79,7 +81,9 @@ class StageQueue:
             name: _pad_and_cat([chunk.inputs.tensors[name] for chunk in chunks], length, self.padding[name])
             for name in chunks[0].inputs.tensors
         }
-        hidden = torch.cat([nn.functional.pad(c.hidden, (0, 0, 0, length - c.hidden.shape[1])) for c in chunks])
+        states = [chunk.hidden for chunk in chunks if chunk.hidden is not None]
+        padded = [nn.functional.pad(state, (0, 0, 0, length - state.shape[1])) for state in states]
+        hidden = torch.cat(padded) if padded else None
         places = torch.cat([chunk.places for chunk in chunks])
         return _Rows(places, BackboneInputs(tensors, tensors["attention_mask"]), hidden)
 
@@ -213,7 +217,7 @@ class StagedRun:
         self.policy = policy
         self.bar = bar
         self.answers: Answers | None = None
-        self.queues = {depth: StageQueue(batches.padding) for depth in model.config.exit_layers[:-1]}
+        self.queues = {depth: StageQueue(batches.padding) for depth in model._stages}
         self.output_length: int | None = None
 
     def run(self) -> Answers:

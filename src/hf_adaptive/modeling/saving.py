@@ -4,9 +4,9 @@ import contextlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from safetensors import SafetensorError
 
@@ -53,6 +53,14 @@ class SavesWhole(ModelBase):
             kwargs["repo_id"] = kwargs.get("repo_id") or target.name
             with tempfile.TemporaryDirectory() as draft:
                 super().save_pretrained(draft, state_dict=_copied(state_dict), push_to_hub=True, **kwargs)
+
+    # Set where the package is imported: chooses the card that a push carries (here it knows nothing of cards).
+    before_upload: ClassVar[Callable[..., None] | None] = None
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        if self.before_upload is not None:
+            self.before_upload(working_dir, repo_id, token=kwargs.get("token"), revision=kwargs.get("revision"))
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     def _announce_backbone(self) -> None:
         """Names the class that `AutoModel` loads elsewhere from this checkpoint."""

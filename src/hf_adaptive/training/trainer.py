@@ -13,6 +13,7 @@ from transformers.utils import logging
 from ..evaluation.metrics import default_metric, metric_name, score
 from ..evaluation.report import ExitReport, measure_exits
 from ..hub.model_card import PLOT_FILE, model_card, write_model_card
+from ..hub.push import keep_card_of_hub
 from ..modeling.losses import problem_type
 
 logger = logging.get_logger(__name__)
@@ -155,7 +156,7 @@ class ExitsTrainer(Trainer):
         """Writes the card into the output folder, unless one is there that somebody else wrote or changed.
 
         Args:
-            language, license, tags, model_name, dataset (*optional*): As in `Trainer.create_model_card`; the others
+            language, license, tags, model_name, finetuned_from, dataset (*optional*): As in `Trainer.create_model_card`; the others
                 are known from the model and the report.
         """
         if not self.is_world_process_zero():
@@ -165,6 +166,7 @@ class ExitsTrainer(Trainer):
             self._exits_model,
             self.report,
             repo_id=self.hub_model_id or model_name or self._folder.name,
+            base_model=finetuned_from,
             dataset_name=data[0] if isinstance(data, list) else data,
             language=language,
             license=license,
@@ -172,6 +174,31 @@ class ExitsTrainer(Trainer):
             plot_file=PLOT_FILE if self.report is not None else None,
         )
         write_model_card(card, self._folder)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """As in `Trainer`; a card that the repository has already is kept, in the output folder too."""
+        super().init_hf_repo(token, private)
+        self._keep_card_of_hub(token, None)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As in `Trainer`, with the card of `create_model_card` unless the repository has one of somebody's own."""
+        if self.hub_model_id is None:
+            self.init_hf_repo(token, private)
+        self._keep_card_of_hub(token, revision)
+        return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
+
+    def _keep_card_of_hub(self, token: str | None, revision: str | None) -> None:
+        if self.is_world_process_zero():
+            token, revision = token or self.args.hub_token, revision or self.args.hub_revision
+            keep_card_of_hub(str(self.hub_model_id), self._folder, token=token, revision=revision)
 
     @property
     def _folder(self) -> Path:
