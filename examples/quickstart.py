@@ -10,14 +10,22 @@ classifies a few sentences in a fresh process that does not have this package. A
 
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import DatasetDict
+import torch
+from datasets import Dataset, DatasetDict
 from text_data import DataArguments, encoder_path, load_splits
 from transformers import AutoTokenizer, DataCollatorWithPadding, HfArgumentParser, TrainingArguments, set_seed
 
-from hf_adaptive import AutoModelForSequenceClassificationWithExits, ExitReport, ExitsTrainer, evaluate_exits
+from hf_adaptive import (
+    AutoModelForSequenceClassificationWithExits,
+    ExitReport,
+    ExitsTrainer,
+    calibrate_exits,
+    evaluate_exits,
+)
 from hf_adaptive.hub import model_card, write_model_card
 
 PLOT_FILE = "exits.png"
@@ -72,10 +80,10 @@ def main() -> None:
     splits = tokenised(load_splits(data_arguments), tokenizer, data_arguments.max_length)
     model = model_with_exits(path, splits, model_arguments)
     trainer = train(model, splits, tokenizer, training_arguments)
-    threshold = operating_point(trainer.report, model_arguments.max_accuracy_drop)
-    model.config.exit_thresholds = [threshold] * (len(model.config.exit_layers) - 1)
-    report = evaluate_exits(model.eval(), splits["test"], thresholds=[threshold])
-    print_result(report)
+    calibration = calibrate_exits(model, splits["validation"], max_accuracy_drop=model_arguments.max_accuracy_drop)
+    print(f"\nCalibrated on validation data: {calibration}")
+    report = evaluate_exits(model.eval(), splits["test"])
+    print_result(report, model, splits["test"])
     trainer.report.plot(checkpoint / PLOT_FILE)
     model.save_pretrained(checkpoint)
     tokenizer.save_pretrained(checkpoint)
@@ -123,21 +131,21 @@ def train(model, splits: DatasetDict, tokenizer, arguments: TrainingArguments) -
     return trainer
 
 
-def operating_point(report: ExitReport, max_drop: float) -> float:
-    """The cheapest threshold on the validation data that costs at most so much accuracy."""
-    least = report.accuracy[-1] - max_drop
-    return min((point for point in report.curve if point.accuracy >= least), key=lambda point: point.cost).threshold
-
-
-def print_result(report: ExitReport) -> None:
+def print_result(report: ExitReport, model, test: Dataset) -> None:
     """The table by exit and the operating point, on test data that nothing was chosen on."""
     print(f"\nTest data, {report.num_examples} examples; every example answered by one exit:\n{report}")
-    point = report.curve[0]
-    shares = ", ".join(f"{share:.0%} after {n}" for share, n in zip(point.exit_distribution, report.exit_layers))
+    seconds = {}
+    for name, arguments in {"all": {"exit_at": report.exit_layers[-1]}, "early": {}}.items():
+        start = time.perf_counter()
+        outputs = model.predict(test, **arguments)
+        seconds[name] = time.perf_counter() - start
+    accuracy = (outputs.logits.argmax(dim=-1) == torch.tensor(test["label"])).float().mean()
+    shares = outputs.exit_index.bincount(minlength=len(report.exit_layers)) / len(test)
+    cost = shares @ torch.tensor(report.costs)
+    left = ", ".join(f"{share:.0%} after {layer}" for share, layer in zip(shares, report.exit_layers))
     print(
-        f"\nOperating point: leave at a confidence of {point.threshold:.2f}. "
-        f"Accuracy {point.accuracy:.4f} (all layers {report.accuracy[-1]:.4f}) at {point.cost:.0%} of the layers, "
-        f"measured {report.speed(point):.1f} times as fast.\nRows left: {shares} layers."
+        f"\nOperating point: accuracy {accuracy:.4f} (all layers {report.accuracy[-1]:.4f}) at {cost:.0%} of the "
+        f"layers, measured {seconds['all'] / seconds['early']:.1f} times as fast.\nRows left: {left} layers."
     )
 
 

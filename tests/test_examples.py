@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from tests import tiny
 
@@ -80,3 +81,18 @@ def test_quickstart_names_a_column_that_is_not_there(encoder, pairs, tmp_path):
     )
     assert finished.returncode != 0
     assert "has no column ['text', 'label']; it has ['first', 'second', 'answer']" in finished.stderr
+
+
+def test_calibrate_takes_the_quickstarts_checkpoint(quickstart, pairs, tmp_path):
+    folder, _ = quickstart
+    printed = run(
+        "calibrate.py",
+        *("--checkpoint", folder / "out" / "checkpoint", "--dataset", pairs, "--label_column", "answer"),
+        *("--text_column", "first", "--text_pair_column", "second", "--max_length", 32),
+        *("--max_disagreement", 0.3, "--output_dir", "calibrated", "--write_pool", "pool.safetensors"),
+        folder=tmp_path,
+    )
+    assert "The reloaded model on unseen test data: cost" in printed
+    assert (tmp_path / "calibrated" / "calibration.json").exists()
+    pool = load_file(tmp_path / "pool.safetensors")
+    assert pool["exit_logits"].shape == (len(pool["labels"]), 3, 2)

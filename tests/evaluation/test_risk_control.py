@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.evaluation.simulated import golden_cascade, simulated_exits
 
 from hf_adaptive.evaluation.exit_table import ExitTable
 from hf_adaptive.evaluation.p_values import (
@@ -27,6 +26,7 @@ from hf_adaptive.evaluation.risk_control import (
 )
 from hf_adaptive.evaluation.threshold_search import find_thresholds
 from hf_adaptive.evaluation.wishes import make_wish
+from tests.evaluation.simulated import golden_cascade, simulated_exits
 
 CONFIDENCE = 0.95
 DELTA = 1 - CONFIDENCE

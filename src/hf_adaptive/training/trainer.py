@@ -156,7 +156,8 @@ class ExitsTrainer(Trainer):
         """Writes the card into the output folder, unless one is there that somebody else wrote or changed.
 
         Args:
-            language, license, tags, model_name, finetuned_from, dataset (*optional*): As in `Trainer.create_model_card`; the others
+            language, license, tags, model_name, finetuned_from, dataset (*optional*): As in
+                `Trainer.create_model_card`; the others
                 are known from the model and the report.
         """
         if not self.is_world_process_zero():
