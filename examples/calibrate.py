@@ -1,7 +1,7 @@
 """Says when a trained model may exit: the trade-off for several wishes, and the chosen one saved with the model.
 
-Calibrates on validation data, reports what each wish costs and keeps on test data that nothing was chosen on, saves the
-chosen setting, and shows that the reloaded model does what the report says.
+Calibrates on validation data, reports what each wish costs and keeps on test data that nothing was chosen on, saves
+the chosen setting, and shows that the reloaded model does what the report says.
 
     python examples/quickstart.py
     python examples/calibrate.py --checkpoint outputs/quickstart/checkpoint --max_accuracy_drop 0.01

@@ -157,8 +157,7 @@ class ExitsTrainer(Trainer):
 
         Args:
             language, license, tags, model_name, finetuned_from, dataset (*optional*): As in
-                `Trainer.create_model_card`; the others
-                are known from the model and the report.
+                `Trainer.create_model_card`; the others are known from the model and the report.
         """
         if not self.is_world_process_zero():
             return
