@@ -259,7 +259,7 @@ def test_bad_members(tmp_path):
         make([tiny.plain_model("bert"), tiny.plain_model("bert", id2label={0: "x", 1: "y", 2: "z"})])
     with pytest.raises(ValueError, match="same vocab_size"):
         make([tiny.plain_model("bert"), tiny.plain_model("bert", vocab_size=70)])
-    with pytest.raises(ValueError, match="smallest to the largest"):
+    with pytest.raises(ValueError, match="fewest layers to the one of the most, got \\[4, 1\\]"):
         make([tiny.plain_model("bert"), tiny.plain_model("bert", num_hidden_layers=1)])
 
 

@@ -19,61 +19,34 @@ def default_exit_layers(num_layers: int) -> list[int]:
 
 
 @dataclass(kw_only=True, repr=False)
-class ExitsConfigMixin(ConfigBase):
-    """Configuration of a classifier with exits: the base architecture's fields and the following.
+class DecisionsConfigMixin(ConfigBase):
+    """What classifiers with exits and cascades have in common: when a row is answered, and what is learned.
 
     Args:
-        exit_layers (`list[int]`, *optional*): Layers run before each exit, ascending, the last one the number of
-            layers. Defaults to an exit after each quarter of the layers.
-        exit_routing (`str` or `float`): Which layers an exit's loss may update: `joint` all below it, `sweet` only
-            those since the exit before it, `disjoint` none (heads on a frozen backbone); or the share of a later
-            exit's gradient that passes each boundary, from 0 (as `sweet`) to 1 (as `joint`).
+        exit_layers (`list[int]`, *optional*): Layers run before each exit, or layers of each member of a cascade.
         exit_loss_weights (`list[float]`, *optional*): Weight of each exit's loss; None for 1 each.
-        exit_pooling (`str`, *optional*): What an exit's head sees: `cls` (first token), `mean` (of the real tokens) or
-            `last` (last real token), or `late` (mean after the head's dense layer). Default by architecture.
         exit_criterion (`str`): What is compared with the thresholds.
         exit_thresholds (`list[float | None]`, *optional*): One for each exit but the last; None for an exit that
             nothing may take. A single number stands for all. None: run everything.
         exit_temperatures (`list[float]`, *optional*): Each exit's logits are divided by its temperature; None for 1.
-
         exit_tolerance (`float`, *optional*): For `exit_criterion="patience"` in regression: numbers that differ by no
             more than this are the same answer.
-        constant_heads (`list[list[int]]`, *optional*): `[layer, head]` pairs, counted from 0, of heads whose attention
-            matrix is a constant (PAPA).
-        constant_length (`int`, *optional*): Size of the constant matrices, and then the longest input, in tokens.
-
-    Raises:
-        ValueError: For any value that cannot be used; it names the value, what is allowed, and the fix.
     """
 
     exit_layers: list[int] = None  # type: ignore[assignment] # None is replaced at once
-    exit_routing: str | float | int = "sweet"
     exit_loss_weights: list[float | int] | None = None
-    exit_pooling: str | None = None
     exit_criterion: str = "confidence"
     exit_thresholds: list[float | int | None] | float | int | None = None
     exit_temperatures: list[float | int] | None = None
     exit_tolerance: float | int | None = None
-    constant_heads: list | None = None
-    constant_length: int | None = None
 
     def __post_init__(self, **kwargs: Any):
-        refuse_unknown_fields(kwargs, ("exit_", "constant_"), exit_field_names())
+        refuse_unknown_fields(kwargs, ("exit_", "constant_"), self.added_fields())
         super().__post_init__(**kwargs)
         self._complete_exits()
 
     def _complete_exits(self) -> None:
-        """Checks the fields that exits add, and fills in the defaults."""
-        if self.exit_layers is None:
-            self.exit_layers = default_exit_layers(self.num_hidden_layers)
-        if self.exit_pooling is None:
-            self.exit_pooling = self.architecture.default_pooling(self)
-        if self.constant_heads is not None:
-            check_constant_heads(self)
-        check_exit_layers(self.exit_layers, self.num_hidden_layers)
-        self.exit_layers = list(self.exit_layers)
-        check_routing(self.exit_routing)
-        check_choice("exit_pooling", self.exit_pooling, POOLINGS)
+        """Checks the fields that are added to the plain configuration, and fills in the defaults."""
         self._check_decisions()
 
     def _check_decisions(self) -> None:
@@ -96,7 +69,7 @@ class ExitsConfigMixin(ConfigBase):
         wants_unused = kwargs.pop("return_unused_kwargs", False)
         # Fields are set from `kwargs` after the configuration was made and checked.
         config, unused = super().from_dict(config_dict, return_unused_kwargs=True, **kwargs)
-        refuse_unknown_fields(unused, ("exit_", "constant_"), exit_field_names())
+        refuse_unknown_fields(unused, ("exit_", "constant_"), cls.added_fields())
         config._complete_exits()
         return (config, unused) if wants_unused else config
 
@@ -137,6 +110,57 @@ class ExitsConfigMixin(ConfigBase):
             if not _is_finite_number(value) or not is_allowed(value):
                 raise ValueError(f"{name}[{position}] must be {allowed}, got {value!r}.")
         setattr(self, name, list(values))
+
+    @classmethod
+    def added_fields(cls) -> tuple[str, ...]:
+        """Names of the fields that this configuration adds to the plain one."""
+        return tuple(field.name for field in fields(DecisionsConfigMixin))
+
+
+@dataclass(kw_only=True, repr=False)
+class ExitsConfigMixin(DecisionsConfigMixin):
+    """Configuration of a classifier with exits: the base architecture's fields and the following.
+
+    Args:
+        exit_layers (`list[int]`, *optional*): Layers run before each exit, ascending, the last one the number of
+            layers. Defaults to an exit after each quarter of the layers.
+        exit_routing (`str` or `float`): Which layers an exit's loss may update: `joint` all below it, `sweet` only
+            those since the exit before it, `disjoint` none (heads on a frozen backbone); or the share of a later
+            exit's gradient that passes each boundary, from 0 (as `sweet`) to 1 (as `joint`).
+        exit_loss_weights (`list[float]`, *optional*): Weight of each exit's loss; None for 1 each.
+        exit_pooling (`str`, *optional*): What an exit's head sees: `cls` (first token), `mean` (of the real tokens) or
+            `last` (last real token), or `late` (mean after the head's dense layer). Default by architecture.
+        exit_criterion (`str`): What is compared with the thresholds.
+        exit_thresholds (`list[float | None]`, *optional*): One for each exit but the last; None for an exit that
+            nothing may take. A single number stands for all. None: run everything.
+        exit_temperatures (`list[float]`, *optional*): Each exit's logits are divided by its temperature; None for 1.
+        exit_tolerance (`float`, *optional*): For `exit_criterion="patience"` in regression: numbers that differ by no
+            more than this are the same answer.
+        constant_heads (`list[list[int]]`, *optional*): `[layer, head]` pairs, counted from 0, of heads whose attention
+            matrix is a constant (PAPA).
+        constant_length (`int`, *optional*): Size of the constant matrices, and then the longest input, in tokens.
+
+    Raises:
+        ValueError: For any value that cannot be used; it names the value, what is allowed, and the fix.
+    """
+
+    exit_routing: str | float | int = "sweet"
+    exit_pooling: str | None = None
+    constant_heads: list | None = None
+    constant_length: int | None = None
+
+    def _complete_exits(self) -> None:
+        if self.exit_layers is None:
+            self.exit_layers = default_exit_layers(self.num_hidden_layers)
+        if self.exit_pooling is None:
+            self.exit_pooling = self.architecture.default_pooling(self)
+        if self.constant_heads is not None:
+            check_constant_heads(self)
+        check_exit_layers(self.exit_layers, self.num_hidden_layers)
+        self.exit_layers = list(self.exit_layers)
+        check_routing(self.exit_routing)
+        check_choice("exit_pooling", self.exit_pooling, POOLINGS)
+        self._check_decisions()
 
     @classmethod
     def added_fields(cls) -> tuple[str, ...]:

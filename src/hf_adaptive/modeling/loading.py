@@ -62,7 +62,7 @@ class LoadsPlainCheckpoints(ModelBase):
         }
         if model_type in loaders:
             kwargs.setdefault("use_safetensors", True)
-            with _damage_named(path):
+            with damage_named(path):
                 loaded = loaders[model_type](path, *model_args, config=config, **kwargs)
             (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze_if_disjoint()
             return loaded
@@ -260,7 +260,7 @@ def _as_text(resized: dict[str, list[Any]]) -> str:
 
 
 @contextlib.contextmanager
-def _damage_named(path: str | os.PathLike) -> Iterator[None]:
+def damage_named(path: str | os.PathLike) -> Iterator[None]:
     """Says which checkpoint cannot be read; safetensors does not."""
     try:
         yield
