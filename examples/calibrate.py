@@ -103,7 +103,11 @@ def print_trade_off(calibrator: ExitCalibrator, test: Dataset, batch_size: int) 
     """A row for every wish: what calibration found, and what the model then does on test data."""
     print(f"\n{'wish':<42} | calibration: cost   drop  other | test: cost   drop  other  times as fast")
     for wish in WISHES:
-        report = calibrator.calibrate(**wish)
+        try:
+            report = calibrator.calibrate(**wish)
+        except ValueError as error:  # too few examples for the promised confidence; the others can be tried
+            print(f"{in_words(wish):<42} | {error}")
+            continue
         calibrator.store(report)
         on_test = measured(calibrator.model, test, batch_size)
         print(f"{in_words(wish):<42} | {_found(report)} | {as_columns(on_test)}")

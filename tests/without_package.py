@@ -19,7 +19,8 @@ class NotInstalled(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
-sys.meta_path.insert(0, NotInstalled())
+if __name__ == "__main__":
+    sys.meta_path.insert(0, NotInstalled())
 
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402

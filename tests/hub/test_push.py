@@ -20,7 +20,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 from transformers import AutoTokenizer
 from hf_adaptive import AutoModelForSequenceClassificationWithExits, ExitReport
-from hf_adaptive.hub import card_on_hub, choose_card_to_upload, keep_card_of_hub, model_card, push_model_card
+from hf_adaptive.hub import card_on_hub, keep_card_of_hub, model_card, push_model_card
 
 folder = Path(sys.argv[1])
 tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -28,16 +28,7 @@ model = AutoModelForSequenceClassificationWithExits.from_pretrained(folder)
 report = ExitReport.from_json(folder / "exit_report.json")
 
 def push(name, **options):
-    "As `push_to_hub` does it, with the choice of the card between saving and uploading."
-    upload = model._upload_modified_files
-    def choose_and_upload(place, repo_id, *arguments, **more):
-        choose_card_to_upload(model, place, repo_id, token=more.get("token"), revision=more.get("revision"))
-        return upload(place, repo_id, *arguments, **more)
-    model._upload_modified_files = choose_and_upload
-    try:
-        model.push_to_hub(name, **options)
-    finally:
-        del model._upload_modified_files
+    model.push_to_hub(name, **options)
 
 push("empty")
 push("own")
