@@ -51,7 +51,7 @@ class _CascadeFields(DecisionsConfigMixin):
         _check_tokenizers(configs)
         said = _said_by_members(self.members, configs)
         _check_label_count(said, self.id2label, kwargs.get("num_labels"))
-        if self.id2label is None and "num_labels" not in kwargs:
+        if self.id2label is None:
             self.id2label, self.label2id = said["id2label"], said["label2id"]
         if self.problem_type is None:
             self.problem_type = said["problem_type"]
@@ -80,7 +80,8 @@ class _CascadeFields(DecisionsConfigMixin):
         """The members' configurations, with the cascade's labels."""
         configs = [_member_config(member, position) for position, member in enumerate(self.members or [])]
         for config in configs:
-            config.id2label, config.label2id = dict(self.id2label or {}), dict(self.label2id or {})
+            # Copies: a member's labels can be changed without the others'.
+            config.id2label, config.label2id = copy.copy(self.id2label), copy.copy(self.label2id)
             config.problem_type = self.problem_type
             if config.pad_token_id is None:
                 config.pad_token_id = self.pad_token_id
@@ -178,7 +179,7 @@ class CascadeForSequenceClassification(SavesWhole, PredictsDatasets, DecidesRowB
         kwargs.setdefault("use_safetensors", True)
         with damage_named(path):
             model, info = super().from_pretrained(path, *model_args, output_loading_info=True, **kwargs)
-        model._exits_are_untrained = bool(info["missing_keys"])
+        model._exits_are_untrained = bool(info["missing_keys"] or info["mismatched_keys"])
         return (model, info) if wants_info else model
 
     @classmethod
@@ -355,7 +356,14 @@ def _arguments(member: PreTrainedModel, inputs: BackboneInputs) -> dict[str, Any
 def _new_member(config: PreTrainedConfig, attention: str | None) -> PreTrainedModel:
     config._attn_implementation = attention
     model_class: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
-    return model_class(config)
+    return _in_one_type(model_class(config), torch.get_default_dtype())
+
+
+def _in_one_type(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Some of DeBERTa's weights are made as float32, whatever the type of the model."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def _member_config(member: Any, position: int) -> PreTrainedConfig:
@@ -397,7 +405,7 @@ def _first_layers(stock: PreTrainedModel, depth: int, new: set[str]) -> PreTrain
     names = member.state_dict().keys()
     weights = {name: tensor for name, tensor in stock.state_dict().items() if name in names and name not in new}
     member.load_state_dict(weights, strict=False)
-    return member
+    return _in_one_type(member, stock.dtype)
 
 
 # Checks
@@ -475,11 +483,15 @@ def _check_tokenizers(configs: list[PreTrainedConfig]) -> None:
 
 def _said_by_members(members: list[dict[str, Any]], configs: list[PreTrainedConfig]) -> dict[str, Any]:
     """Labels and problem type that all members that name any agree on; None where none does."""
-    naming = [config for member, config in zip(members, configs) if {"id2label", "num_labels"} & member.keys()]
+    naming = [
+        config if {"id2label", "num_labels"} & member.keys() else None for member, config in zip(members, configs)
+    ]
     fix = "the answer may come from any. Load each with the same id2label and label2id"
-    maps = _agreed("id2label", [config.id2label for config in naming], fix)
-    problem = _agreed("problem_type", [config.problem_type for config in configs], "set the same in all")
-    return {"id2label": maps, "label2id": naming[0].label2id if naming else None, "problem_type": problem}
+    return {
+        "id2label": _agreed("id2label", [config and config.id2label for config in naming], fix),
+        "label2id": next((config.label2id for config in naming if config is not None), None),
+        "problem_type": _agreed("problem_type", [config.problem_type for config in configs], "set the same in all"),
+    }
 
 
 def _agreed(name: str, values: list[Any], fix: str) -> Any:
@@ -488,18 +500,18 @@ def _agreed(name: str, values: list[Any], fix: str) -> Any:
     Raises:
         ValueError: Two differ.
     """
-    given = {position: value for position, value in enumerate(values) if value is not None}
-    first = next(iter(given), None)
-    for position, value in given.items():
-        if value != given[first]:
+    given = [(position, value) for position, value in enumerate(values) if value is not None]
+    for position, value in given[1:]:
+        first, expected = given[0]
+        if value != expected:
             raise ValueError(
-                f"members of a cascade must have the same {name}, got {given[first]} in members[{first}] and {value} "
-                f"in members[{position}]: {fix}."
+                f"members of a cascade must have the same {name}, got {expected} in members[{first}] and {value} in "
+                f"members[{position}]: {fix}."
             )
-    return None if first is None else given[first]
+    return given[0][1] if given else None
 
 
-def _check_label_count(said: dict[str, Any], id2label: dict[int, str] | None, num_labels: int | None) -> None:
+def _check_label_count(said: dict[str, Any], id2label: Any, num_labels: int | None) -> None:
     count = num_labels if id2label is None else len(id2label)
     if said["id2label"] is not None and count not in (None, len(said["id2label"])):
         raise ValueError(
