@@ -19,7 +19,8 @@ test: $(VENV)/.dev
 test-lowest:
 	$(MAKE) VENV=.venv-lowest .venv-lowest/.lowest
 	.venv-lowest/bin/python -m pytest -n 2 --dist loadfile -k "not compiled" \
-		tests/modeling/test_architectures.py tests/modeling/test_architectures_loading.py tests/modeling/test_golden_sweet.py
+		tests/modeling/test_architectures.py tests/modeling/test_architectures_loading.py \
+		tests/modeling/test_golden_sweet.py tests/training/test_trainer.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
