@@ -327,8 +327,8 @@ import json, sys
 sys.modules["hf_adaptive"] = None
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
-path, again = sys.argv[1:3]
-texts, thresholds = json.loads(sys.argv[3])
+path, repository, again = sys.argv[1:4]
+texts, thresholds = json.loads(sys.argv[4])
 model = AutoModelForSequenceClassification.from_pretrained(path, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
 inputs = tokenizer(texts, padding=True, return_tensors="pt")
@@ -336,6 +336,9 @@ with torch.no_grad():
     outputs = [model(**inputs), model(**inputs, exit_thresholds=thresholds)]
     staged = model.predict([tokenizer(text) for text in texts], batch_size=3, exit_thresholds=thresholds)
 model.save_pretrained(again)
+downloaded = AutoModelForSequenceClassification.from_pretrained(repository, trust_remote_code=True)
+with torch.no_grad():
+    outputs.append(downloaded(**inputs))
 classify = pipeline("text-classification", model=again, tokenizer=tokenizer, trust_remote_code=True)
 print(json.dumps({
     "class": f"{type(model).__module__}.{type(model).__name__}",
@@ -354,17 +357,18 @@ def test_works_where_the_package_is_not_installed(tmp_path):
         everything, early = model(**inputs), model(**inputs, exit_thresholds=thresholds)
     model.save_pretrained(tmp_path / "cascade")
     tiny.tokenizer().save_pretrained(tmp_path / "cascade")
-    job = [str(tmp_path / "cascade"), str(tmp_path / "again"), json.dumps([texts, thresholds])]
+    fresh_process.put_into_hub_cache(tmp_path / "cascade", tmp_path / "home", "someone/cascade")
+    job = [str(tmp_path / "cascade"), "someone/cascade", str(tmp_path / "again"), json.dumps([texts, thresholds])]
     done = subprocess.run(
         [sys.executable, "-c", ELSEWHERE, *job],
         cwd=tmp_path,
-        env=fresh_process.environment(tmp_path / "home"),
+        env=fresh_process.environment(tmp_path / "home", HF_HUB_OFFLINE="1"),
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.strip().splitlines()[-1])
-    logits = [outputs.exit_logits.nan_to_num(7).double().tolist() for outputs in (everything, early)]
+    logits = [outputs.exit_logits.nan_to_num(7).double().tolist() for outputs in (everything, early, everything)]
     assert found["logits"] == logits
     assert found["exits"] == [early.exit_index.tolist()] * 2
     assert len(set(early.exit_index.tolist())) > 1
@@ -402,7 +406,9 @@ def test_trains_and_is_reported_like_exits(tmp_path):
     assert after["eval_loss"] < before["eval_loss"]
     assert {"eval_layer_1_accuracy", "eval_layer_2_accuracy", "eval_accuracy"} <= set(after)
     assert trainer.report.costs == [0.25, 0.75, 1.75]
-    assert "independent models" in (tmp_path / "README.md").read_text()
+    card = (tmp_path / "README.md").read_text()
+    assert "independent models" in card
+    assert "each model's own" in card
 
 
 def test_loss_is_the_sum_of_the_members_losses():
@@ -568,6 +574,10 @@ def test_unsupported_checkpoints(tmp_path):
         ({"members": ["bert"]}, r"members\[0\] must be a configuration as a dict"),
         ({"members": [{"hidden_size": 4}]}, r"members\[0\] must be a configuration as a dict with a model_type"),
         ({"members": [{"model_type": "t5"}]}, r"members\[0\], of model_type='t5', has not one stack"),
+        (
+            {"members": [tiny.config().to_dict()]},
+            r"members\[0\], of model_type='bert-with-exits', leaves early itself",
+        ),
         ({"members": [plain().config.to_dict()], "num_labels": 5}, "cascade has 5 labels, but its members have 3"),
     ],
 )

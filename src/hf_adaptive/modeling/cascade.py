@@ -462,6 +462,11 @@ def _check_independence(models: list[PreTrainedModel]) -> None:
 
 def _check_sizes(configs: list[PreTrainedConfig]) -> None:
     for position, config in enumerate(configs):
+        if "exit_layers" in config.to_dict():
+            raise ValueError(
+                f"members[{position}], of model_type={config.model_type!r}, leaves early itself, so that its cost is "
+                "not that of its layers: use a plain classifier."
+            )
         if config.is_encoder_decoder or getattr(config, "num_hidden_layers", None) is None:
             raise ValueError(
                 f"members[{position}], of model_type={config.model_type!r}, has not one stack of num_hidden_layers "
