@@ -252,7 +252,8 @@ def test_saved_and_loaded(tmp_path):
         assert isinstance(again, CascadeForSequenceClassification)
         assert again.config.id2label == {0: "a", 1: "b", 2: "c"}
         ours, theirs = model(**inputs), again(**inputs)
-        assert torch.equal(ours.exit_logits.nan_to_num(7), theirs.exit_logits.nan_to_num(7))
+        # Not bit by bit: some kernels add in another order where weights lie at another address.
+        torch.testing.assert_close(ours.exit_logits, theirs.exit_logits, atol=1e-6, rtol=1e-5, equal_nan=True)
         assert torch.equal(ours.exit_index, theirs.exit_index)
         assert again.config.exit_thresholds == [0.5, None]
         assert not again._exits_are_untrained

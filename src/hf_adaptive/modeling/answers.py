@@ -8,6 +8,7 @@ from transformers.utils import logging
 
 from .criteria import Evidence, Policy
 from .inputs import BackboneInputs
+from .local_gradients import refuse_gradient
 from .losses import problem_type
 
 logger = logging.get_logger(__name__)
@@ -28,6 +29,11 @@ class ExitAnswer:
     def to(self, device: torch.device) -> "ExitAnswer":
         """The same on another device."""
         return ExitAnswer(self.logits.to(device), None if self.certainty is None else self.certainty.to(device))
+
+    def without_gradient(self) -> "ExitAnswer":
+        """The same, free of what it was computed from."""
+        certainty = None if self.certainty is None else refuse_gradient(self.certainty)
+        return ExitAnswer(refuse_gradient(self.logits), certainty)
 
 
 class Answers:

@@ -136,6 +136,9 @@ class ExitsConfigMixin(DecisionsConfigMixin):
         exit_temperatures (`list[float]`, *optional*): Each exit's logits are divided by its temperature; None for 1.
         exit_tolerance (`float`, *optional*): For `exit_criterion="patience"` in regression: numbers that differ by no
             more than this are the same answer.
+        exit_local_gradients (`bool`): Under SWEET, compute the gradients of each segment during the forward pass and
+            free its activations before the next one is run: the same gradients in a fraction of the memory. Where that
+            cannot be done (sharded parameters, gradient checkpointing, hooks on gradients) it has no effect.
         constant_heads (`list[list[int]]`, *optional*): `[layer, head]` pairs, counted from 0, of heads whose attention
             matrix is a constant (PAPA).
         constant_length (`int`, *optional*): Size of the constant matrices, and then the longest input, in tokens.
@@ -146,6 +149,7 @@ class ExitsConfigMixin(DecisionsConfigMixin):
 
     exit_routing: str | float | int = "sweet"
     exit_pooling: str | None = None
+    exit_local_gradients: bool = True
     constant_heads: list | None = None
     constant_length: int | None = None
 
@@ -160,6 +164,7 @@ class ExitsConfigMixin(DecisionsConfigMixin):
         self.exit_layers = list(self.exit_layers)
         check_routing(self.exit_routing)
         check_choice("exit_pooling", self.exit_pooling, POOLINGS)
+        check_choice("exit_local_gradients", self.exit_local_gradients, (True, False))
         self._check_decisions()
 
     @classmethod
@@ -254,7 +259,7 @@ def check_routing(routing: Any) -> None:
     )
 
 
-def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     """Raises `ValueError` unless `value` is one of `allowed`."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")

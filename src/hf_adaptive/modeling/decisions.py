@@ -8,7 +8,7 @@ from transformers.utils import logging
 from .answers import Answers, choose_exits, warn_of_nan
 from .bases import ModelBase
 from .criteria import CRITERIA, ForcedPolicy, Policy, ThresholdPolicy
-from .losses import answer_loss, certainty_loss, exits_loss, problem_type
+from .losses import answer_loss, exits_loss, problem_type
 
 logger = logging.get_logger(__name__)
 
@@ -56,10 +56,6 @@ class DecidesRowByRow(ModelBase):
         return choose_exits(answers, policy, self.config)
 
     def _loss(self, answers: Answers, labels: torch.Tensor, policy: Policy | None) -> torch.Tensor:
-        self._exits_are_untrained = self._exits_are_untrained and not self.training
         if policy is not None:
             return answer_loss(answers.taken, labels, self.config)
-        loss = exits_loss(answers.logits, labels, self.config)
-        if answers.certainty is None:
-            return loss
-        return loss + certainty_loss(answers.logits, answers.certainty, labels, self.config)
+        return exits_loss(answers.logits, answers.certainty, labels, self.config)

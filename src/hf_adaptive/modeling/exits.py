@@ -20,7 +20,8 @@ from .heads import CertaintyUnit, ExitHead
 from .inputs import BackboneInputs, positions_of_real_tokens
 from .layers import LayerList, LayerRun, Pause, Progress, install_layer_list
 from .loading import LoadsPlainCheckpoints
-from .losses import check_labels
+from .local_gradients import LocalGradients, LossScale, can_be_local, trained_parameters
+from .losses import check_labels, exit_loss
 from .outputs import SequenceClassifierWithExitsOutput
 from .prediction import PredictsDatasets
 from .routing import gradient_share, pass_gradient
@@ -36,8 +37,9 @@ class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, PredictsDatasets, DecidesRow
     """A head after each of `config.exit_layers` of an unmodified backbone.
 
     In training mode every exit is computed, and the loss is the sum of theirs (`exit_loss_weights`), routed by
-    `exit_routing`. In evaluation mode each row leaves at the first exit where `exit_criterion` reaches that exit's
-    threshold; the batch shrinks, and a row's answer does not depend on the other rows.
+    `exit_routing`; under SWEET each segment's activations are freed before the next one is run
+    (`exit_local_gradients`). In evaluation mode each row leaves at the first exit where `exit_criterion` reaches that
+    exit's threshold; the batch shrinks, and a row's answer does not depend on the other rows.
     """
 
     # The loss is a mean over the batch; Trainer must scale it when it accumulates gradients (transformers#47688).
@@ -56,6 +58,7 @@ class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, PredictsDatasets, DecidesRow
         install_layer_list(backbone, self.architecture.layers)
         self.exits = nn.ModuleList(self._make_exit(depth) for depth in config.exit_layers)
         self._exits_are_untrained = True
+        self._loss_scale = LossScale()
         self._check_routing_of_shared_layers()
         self._freeze_if_disjoint()
         config.keys_to_ignore_at_inference = list(NOT_GATHERED)
@@ -134,14 +137,20 @@ class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, PredictsDatasets, DecidesRow
         if labels is not None:
             check_labels(labels, inputs.rows, self.config)
         flags = self._output_flags(output_hidden_states, output_attentions)
+        self._exits_are_untrained = self._exits_are_untrained and not self.training
+        loss, outputs = None, ModelOutput()
         if policy is not None and not flags:
-            answers, outputs = self._leave_early(inputs, policy), ModelOutput()
+            answers = self._leave_early(inputs, policy)
+        elif labels is not None and self._learns_locally(inputs, flags):
+            answers, loss = self._learn_locally(inputs, labels)
         else:
             answers, outputs = self._run_everything(inputs, flags)
             if policy is not None:
                 answers.exit_index = self._choose_exits(answers, policy)
+        if labels is not None and loss is None:
+            loss = self._loss(answers, labels, policy)
         return SequenceClassifierWithExitsOutput(
-            loss=None if labels is None else self._loss(answers, labels, policy),
+            loss=loss,
             logits=None if self.training and labels is None else answers.taken,
             exit_logits=answers.logits,
             exit_index=answers.exit_index,
@@ -208,9 +217,7 @@ class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, PredictsDatasets, DecidesRow
 
     def _run_everything(self, inputs: BackboneInputs, flags: dict[str, bool]) -> tuple[Answers, Any]:
         share = gradient_share(self.config.exit_routing)
-        is_checkpointed = any(
-            layer.gradient_checkpointing for layer in self._layers if isinstance(layer, GradientCheckpointingLayer)
-        )
+        is_checkpointed = self._is_checkpointed
         answers: list[ExitAnswer] = []
 
         def at_exit(depth: int, hidden: torch.Tensor) -> torch.Tensor:
@@ -222,6 +229,42 @@ class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, PredictsDatasets, DecidesRow
         outputs, _ = self._run_layers(inputs, at_exit, flags)
         answers.append(self._exit_answer(len(answers), outputs.last_hidden_state, inputs))
         return Answers.of_every_exit(answers), outputs
+
+    @property
+    def _is_checkpointed(self) -> bool:
+        return any(
+            layer.gradient_checkpointing for layer in self._layers if isinstance(layer, GradientCheckpointingLayer)
+        )
+
+    def _learns_locally(self, inputs: BackboneInputs, flags: dict[str, bool]) -> bool:
+        """Whether this pass may compute the gradients of each segment and free its activations."""
+        return (
+            self.config.exit_local_gradients
+            and self.config.exit_routing != "disjoint"
+            and gradient_share(self.config.exit_routing) == 0
+            and self.training
+            and torch.is_grad_enabled()
+            and not flags  # hidden states would have no gradient
+            and not any(tensor.requires_grad for tensor in inputs.tensors.values())
+            and not self._is_checkpointed  # saves the memory in its own way
+            and can_be_local(self)
+        )
+
+    def _learn_locally(self, inputs: BackboneInputs, labels: torch.Tensor) -> tuple[Answers, torch.Tensor]:
+        """Runs everything; each exit's gradients are computed before the next segment is run."""
+        gradients = LocalGradients(trained_parameters(self), self._loss_scale)
+        answers: list[ExitAnswer] = []
+
+        def at_exit(depth: int, hidden: torch.Tensor) -> torch.Tensor:
+            index = len(answers)
+            answer = self._exit_answer(index, hidden, inputs)
+            gradients.add(exit_loss(index, answer.logits, answer.certainty, labels, self.config), answer.logits)
+            answers.append(answer.without_gradient())
+            return hidden.detach()
+
+        outputs, _ = self._run_layers(inputs, at_exit)
+        at_exit(self.config.num_hidden_layers, outputs.last_hidden_state)
+        return Answers.of_every_exit(answers), gradients.loss()
 
     def _run_layers(
         self,

@@ -15,11 +15,14 @@ def problem_type(config) -> str:
     return "regression" if config.num_labels == 1 else "single_label_classification"
 
 
-def exits_loss(exit_logits: torch.Tensor, labels: torch.Tensor, config) -> torch.Tensor:
+def exits_loss(
+    exit_logits: torch.Tensor, certainty: torch.Tensor | None, labels: torch.Tensor, config: Any
+) -> torch.Tensor:
     """Sum over the exits of weight times mean loss (SWEET, section 3: all weights 1).
 
     Args:
         exit_logits (`torch.Tensor` of shape `(batch, exits, labels)`): Scores of every exit.
+        certainty (`torch.Tensor` of shape `(batch, exits)`, *optional*): Of the exits' learned units.
         labels (`torch.Tensor` of shape `(batch,)` or `(batch, labels)`): By problem type.
         config: The model's configuration.
 
@@ -29,36 +32,56 @@ def exits_loss(exit_logits: torch.Tensor, labels: torch.Tensor, config) -> torch
     Raises:
         ValueError: Labels that cannot be used.
     """
-    weights = config.exit_loss_weights or [1.0] * exit_logits.shape[1]
-    losses = [weight * answer_loss(exit_logits[:, index], labels, config) for index, weight in enumerate(weights)]
+    certainties = [None] * exit_logits.shape[1] if certainty is None else certainty.unbind(dim=1)
+    losses = [
+        exit_loss(index, logits, certainties[index], labels, config)
+        for index, logits in enumerate(exit_logits.unbind(dim=1))
+    ]
     return torch.stack(losses).sum()
 
 
-def certainty_loss(
-    exit_logits: torch.Tensor, certainty: torch.Tensor, labels: torch.Tensor, config: Any
+def exit_loss(
+    index: int, logits: torch.Tensor, certainty: torch.Tensor | None, labels: torch.Tensor, config: Any
 ) -> torch.Tensor:
-    """Sum over the exits of the mean squared error between certainty and being right (BERxiT, section 4).
+    """Weight times mean loss of one exit, with that of its learned unit if it has one.
 
     Args:
-        exit_logits (`torch.Tensor` of shape `(batch, exits, labels)`): Scores of every exit.
-        certainty (`torch.Tensor` of shape `(batch, exits)`): Of the exits' learned units.
+        index (`int`): Which exit.
+        logits (`torch.Tensor` of shape `(batch, labels)`): Its scores.
+        certainty (`torch.Tensor` of shape `(batch,)`, *optional*): Of its learned unit.
         labels (`torch.Tensor` of shape `(batch,)` or `(batch, labels)`): By problem type.
         config: The model's configuration.
 
     Returns:
         `torch.Tensor`: A scalar.
     """
-    labels = labels.to(exit_logits.device)
+    loss = answer_loss(logits, labels, config)
+    if certainty is not None:
+        loss = loss + certainty_loss(logits, certainty, labels, config)
+    return loss if config.exit_loss_weights is None else config.exit_loss_weights[index] * loss
+
+
+def certainty_loss(logits: torch.Tensor, certainty: torch.Tensor, labels: torch.Tensor, config: Any) -> torch.Tensor:
+    """Mean squared error between an exit's certainty and its being right (BERxiT, section 4).
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch, labels)`): The exit's scores.
+        certainty (`torch.Tensor` of shape `(batch,)`): Of its learned unit.
+        labels (`torch.Tensor` of shape `(batch,)` or `(batch, labels)`): By problem type.
+        config: The model's configuration.
+
+    Returns:
+        `torch.Tensor`: A scalar.
+    """
+    labels = labels.to(logits.device)
     if problem_type(config) == "multi_label_classification":
-        is_right = ((exit_logits > 0) == labels.bool().unsqueeze(1)).all(dim=-1)
-        counts = torch.ones(len(exit_logits), device=exit_logits.device)
+        is_right = ((logits > 0) == labels.bool()).all(dim=-1)
+        counts = torch.ones(len(logits), device=logits.device)
     else:
-        is_right = exit_logits.argmax(dim=-1) == labels.view(-1, 1)
+        is_right = logits.argmax(dim=-1) == labels.view(-1)
         counts = (labels.view(-1) != -100).to(certainty.dtype)
     error = (certainty - is_right.to(certainty.dtype)) ** 2
-    per_exit = (error * counts.unsqueeze(1)).sum(dim=0) / counts.sum().clamp(min=1)
-    weights = config.exit_loss_weights or [1.0] * len(per_exit)
-    return (per_exit * per_exit.new_tensor(weights)).sum()
+    return (error * counts).sum() / counts.sum().clamp(min=1)
 
 
 def answer_loss(logits: torch.Tensor, labels: torch.Tensor, config) -> torch.Tensor:

@@ -53,7 +53,8 @@ class ExitsTrainer(Trainer):
         """The model's own loss; with label smoothing, the weighted sum of every exit's smoothed loss."""
         if self.label_smoother is None or self.compute_loss_func is not None or "labels" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        outputs = model(**inputs)
+        # Without labels, so that the exits' scores carry the gradient.
+        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
         loss = self._smoothed_loss(self.label_smoother, outputs.exit_logits, inputs["labels"])
         return (loss, outputs) if return_outputs else loss
 
