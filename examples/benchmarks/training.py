@@ -1,0 +1,125 @@
+"""The rows on training: SWEET's step beside plain fine-tuning, and its memory beside joint training."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from measuring import Spread, measure_in_turn, medians, ratio
+from results import Result, Target
+from runs import in_batches
+from tqdm.auto import tqdm
+from transformers import AutoModelForSequenceClassification
+from workload import BATCH_SIZE, Workload
+
+PROBE = Path(__file__).parent / "memory_probe.py"
+# What is freed goes back to the system at once, so that the process's memory is what is in use.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+ROUTINGS = {
+    "SWEET": {"exit_routing": "sweet"},
+    "ordinary SWEET (exit_local_gradients=False)": {"exit_routing": "sweet", "exit_local_gradients": False},
+    "joint": {"exit_routing": "joint"},
+}
+
+
+def sweet_step(workload: Workload) -> list[Result]:
+    """A SWEET training step beside a plain fine-tuning step of the same backbone."""
+    size = workload.size
+    texts = workload.tokenised("train", size.step_batches * BATCH_SIZE)
+    batches = [workload.training_batch(batch) for batch in in_batches(texts)]
+    sweet = workload.untrained(exit_layers=size.exit_layers, exit_routing="sweet")
+    plain = AutoModelForSequenceClassification.from_pretrained(workload.plain_checkpoint)
+    steps = {"SWEET": TrainingSteps(sweet.to(workload.device), batches)}
+    steps["plain"] = TrainingSteps(plain.to(workload.device), batches)
+    warm_up = {name: TrainingSteps(step.model, batches[:1]) for name, step in steps.items()}
+    seconds = measure_in_turn(steps, warm_up, size.repeats, workload.device, "SWEET training step")
+    return [
+        Result(
+            "sweet_step",
+            f"SWEET training step, batch of {BATCH_SIZE} texts (AdamW)",
+            "time / plain fine-tuning step",
+            Target(1.05),
+            ratio(seconds["SWEET"], seconds["plain"]),
+            {**medians(seconds), "steps": len(batches)},
+        )
+    ]
+
+
+class TrainingSteps:
+    """Forward, backward and optimizer step, for each of some batches.
+
+    Args:
+        model: In training mode from now on.
+        batches (`Sequence[dict[str, torch.Tensor]]`): With labels, on the device.
+    """
+
+    def __init__(self, model: Any, batches: Sequence[dict[str, torch.Tensor]]):
+        self.model = model.train()
+        self.batches = batches
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+
+    def __call__(self) -> None:
+        for batch in self.batches:
+            self.model(**batch).loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+
+def sweet_memory(workload: Workload) -> list[Result]:
+    """Peak memory of a training step under SWEET beside joint training, each in a process of its own."""
+    size = workload.size
+    placements = {tuple(size.exit_layers): Target(0.60)}
+    if size.even_exit_layers is not None:
+        placements[tuple(size.even_exit_layers)] = Target(0.35)
+    results = []
+    for exit_layers, target in placements.items():
+        peaks = {
+            name: _peak(workload, exit_layers, fields)
+            for name, fields in tqdm(ROUTINGS.items(), desc=f"memory, exits {_text(exit_layers)}")
+        }
+        results += _memory_results(peaks, exit_layers, target, workload)
+    return results
+
+
+def _memory_results(
+    peaks: dict[str, dict[str, float]], exit_layers: tuple[int, ...], target: Target, workload: Workload
+) -> list[Result]:
+    shape = f"{workload.size.memory_rows} × {workload.longest} tokens"
+    measures = {
+        "activations": ("kB a token", "peak memory of activations / joint training"),
+        "whole": ("kB", f"peak memory with gradients, {shape} / joint training"),
+    }
+    return [
+        Result(
+            "sweet_memory",
+            f"{name} training at exits {_text(exit_layers)}",
+            measured_as,
+            target if name == "SWEET" and measure == "activations" else None,
+            Spread.of([peak[measure] / peaks["joint"][measure]]),
+            {unit: peak[measure], f"joint, {unit}": peaks["joint"][measure]},
+        )
+        for name, peak in peaks.items()
+        if name != "joint"
+        for measure, (unit, measured_as) in measures.items()
+    ]
+
+
+def _peak(workload: Workload, exit_layers: Sequence[int], fields: dict[str, Any]) -> dict[str, float]:
+    job = {
+        "encoder": workload.encoder,
+        "fields": {"exit_layers": list(exit_layers), **fields},
+        "device": str(workload.device),
+        "rows": workload.size.memory_rows,
+        "length": workload.longest,
+    }
+    command = [sys.executable, str(PROBE), json.dumps(job)]
+    done = subprocess.run(command, env={**os.environ, **ALLOCATOR}, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _text(exit_layers: Sequence[int]) -> str:
+    return "/".join(map(str, exit_layers))
