@@ -11,6 +11,7 @@ from .modeling.cascade import CascadeConfig, CascadeForSequenceClassification
 from .modeling.exits import ExitsMixin
 from .modeling.heads import Head
 from .modeling.outputs import SequenceClassifierWithExitsOutput
+from .pipeline import ExitsTextClassificationPipeline
 from .probing import mean_attention, rank_heads
 from .training import ExitsTrainer
 from .version import __version__
@@ -37,6 +38,7 @@ __all__ = [
     "CascadeForSequenceClassification",
     "ExitCalibrator",
     "ExitReport",
+    "ExitsTextClassificationPipeline",
     "ExitsTrainer",
     "Head",
     "SequenceClassifierWithExitsOutput",

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from hf_adaptive import AutoModelForSequenceClassificationWithExits as WithExits
+from hf_adaptive import ExitReport
 from tests import tiny
 from tests.training import two_processes
 
@@ -48,6 +49,12 @@ def test_gradients_are_those_of_one_process(name, routing, launched, tmp_path):
     assert any(gradient.any() for gradient in alone.values())
     for key, gradient in alone.items():
         torch.testing.assert_close(together[key], gradient, atol=1e-6, rtol=1e-4, msg=f"{name}, {routing}: {key}")
+
+
+def test_report_is_written_once_all_have_measured(launched):
+    folder = launched / "reported"
+    assert {"exit_report.json", "exits.png", "README.md"} <= {path.name for path in folder.iterdir()}
+    assert ExitReport.from_json(folder / "exit_report.json").curve
 
 
 @pytest.mark.parametrize(("name", "routing"), RUNS)

@@ -15,7 +15,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 from safetensors.torch import save_file
+from transformers import TrainingArguments
 
+from hf_adaptive import ExitsTrainer
 from tests import tiny
 from tests.training.test_trainer import ROWS, KeepsGradients, Rows, trainer
 
@@ -48,9 +50,20 @@ def check_agreement(own):
     assert (everywhere == everywhere[0]).all(), "the processes went apart"
 
 
+def train_with_report(folder):
+    """Every process takes part in measuring; the main one writes what `ExitsTrainer` adds."""
+    arguments = TrainingArguments(
+        folder, max_steps=1, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True
+    )
+    own = ExitsTrainer(tiny.model(), arguments, train_dataset=Rows(), eval_dataset=Rows())
+    own.train()
+    assert own.report.num_examples == ROWS
+
+
 def main():
     """Runs the job."""
     job = json.loads(Path(sys.argv[1]).read_text())
+    train_with_report(f"{job['out']}/reported")
     for name, routing in job["runs"]:
         kept, own = gradients(name, routing, job["out"], job["processes"])
         assert own.accelerator.num_processes == job["processes"], own.accelerator.num_processes

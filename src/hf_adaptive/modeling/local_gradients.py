@@ -125,7 +125,10 @@ class _RefuseGradient(torch.autograd.Function):
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None]:
+        # DDP that looks for unused parameters sends zeros to outputs that the loss does not come from.
+        if not gradient.any():
+            return None, None
         raise RuntimeError(
             "these scores have no gradient: with labels, a SWEET model computes the gradients of its own loss during "
             "the forward pass and frees the activations. For a loss of your own call the model without labels, or set "

@@ -19,6 +19,7 @@ from .criteria import Policy
 from .inputs import BackboneInputs
 from .layers import Progress
 from .outputs import SequenceClassifierWithExitsOutput
+from .processes import Shares
 
 INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 
@@ -28,7 +29,7 @@ class _Rows:
     """Some examples on their way through the layers.
 
     Args:
-        places (`torch.LongTensor` of shape `(rows,)`): Where they stand in the data set.
+        places (`torch.LongTensor` of shape `(rows,)`): Their numbers in [`LengthSortedBatches`].
         inputs (`BackboneInputs`): What the backbone is given.
         hidden (`torch.Tensor` of shape `(rows, length, hidden)`, *optional*): Output of the last layer that was run;
             None where the next stage begins anew (a cascade).
@@ -106,6 +107,9 @@ class PredictsDatasets(ModelBase):
     ) -> SequenceClassifierWithExitsOutput:
         """Classifies a data set, without gradients.
 
+        Started by `accelerate launch` on several processes or GPUs, every process has to make the call: each runs a
+        share of the examples, and all get every answer.
+
         Args:
             examples (`Sequence[Mapping]`): Tokenised examples (a `datasets.Dataset`, say) with `input_ids` and, where
                 the model takes them, `token_type_ids`; padding, if any, is marked in `attention_mask` and dropped.
@@ -128,14 +132,13 @@ class PredictsDatasets(ModelBase):
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         policy = self._policy(exit_thresholds, exit_at)
         batches = LengthSortedBatches(examples, batch_size, self._padding_values(), self.device)
-        with logging.tqdm(total=len(examples), desc="Classifying", disable=not show_progress) as bar:
-            answers = StagedRun(self, batches, policy, bar).run()
-        index = answers.exit_index.cpu()
-        logits = answers.logits.cpu()
-        certainty = None if answers.certainty is None else answers.certainty.cpu()
-        answers = Answers(logits, index, certainty)
+        with logging.tqdm(total=len(batches), desc="Classifying", disable=not show_progress) as bar:
+            answers = batches.in_order_of_examples(StagedRun(self, batches, policy, bar).run())
         return SequenceClassifierWithExitsOutput(
-            logits=answers.taken, exit_logits=logits, exit_index=index, exit_certainty=certainty
+            logits=answers.taken,
+            exit_logits=answers.logits,
+            exit_index=answers.exit_index,
+            exit_certainty=answers.certainty,
         )
 
     def _padding_values(self) -> dict[str, int]:
@@ -144,6 +147,8 @@ class PredictsDatasets(ModelBase):
 
 class LengthSortedBatches:
     """A tokenised data set in batches of similar length, the longest first (so that memory peaks at the start).
+
+    On several processes, the share of this one. Rows are numbered in the order in which they come.
 
     Args:
         examples (`Sequence[Mapping]`): Tokenised examples.
@@ -161,18 +166,29 @@ class LengthSortedBatches:
         self.columns = _columns(examples)
         self.spans = [_real_span(mask) for mask in self.columns["attention_mask"]]
         lengths = torch.tensor([stop - start for start, stop in self.spans])
-        self.order = lengths.argsort(descending=True, stable=True)
+        self._order = lengths.argsort(descending=True, stable=True)
+        self._shares = Shares(len(self._order), device)
+        self._own = self._order[self._shares.own()]
 
     def __len__(self) -> int:
-        return len(self.order)
+        return len(self._own)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, BackboneInputs]]:
-        for places in self.order.split(self.batch_size):
-            tensors = {name: self._batch(name, places.tolist()) for name in self.columns}
+        for places in torch.arange(len(self)).split(self.batch_size):
+            examples = self._own[places].tolist()
+            tensors = {name: self._batch(name, examples) for name in self.columns}
             yield places.to(self.device), BackboneInputs(tensors, tensors["attention_mask"])
 
-    def _batch(self, name: str, places: list[int]) -> torch.Tensor:
-        rows = [self.columns[name][place][slice(*self.spans[place])] for place in places]
+    def in_order_of_examples(self, answers: Answers) -> Answers:
+        """Answers to all examples in their order, on the CPU, from those to the rows of this process."""
+        certainty = None if answers.certainty is None else self._in_order(answers.certainty)
+        return Answers(self._in_order(answers.logits), self._in_order(answers.exit_index), certainty)
+
+    def _in_order(self, values: torch.Tensor) -> torch.Tensor:
+        return self._shares.join(values)[self._order.argsort()]
+
+    def _batch(self, name: str, examples: list[int]) -> torch.Tensor:
+        rows = [self.columns[name][example][slice(*self.spans[example])] for example in examples]
         length = max(len(row) for row in rows)
         padded = [[*row, *[self.padding[name]] * (length - len(row))] for row in rows]
         return torch.tensor(padded, device=self.device)

@@ -122,12 +122,14 @@ class ExitsTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains; then, where there is evaluation data, writes the report, its plot and the model card."""
         output = super().train(*args, **kwargs)
-        if self.eval_dataset is not None and not isinstance(self.eval_dataset, dict) and self.is_world_process_zero():
+        if self.eval_dataset is not None and not isinstance(self.eval_dataset, dict):
             self.write_report()
         return output
 
     def write_report(self, dataset: Any = None, **kwargs: Any) -> ExitReport:
         """Measures the trade-off and writes `exit_report.json`, `exits.png` and the card into the output folder.
+
+        Every process of a distributed run has to make the call.
 
         Args:
             dataset (*optional*): Tokenised examples with labels; defaults to the evaluation data.
@@ -136,10 +138,10 @@ class ExitsTrainer(Trainer):
         dataset = self.eval_dataset if dataset is None else dataset
         arguments = {"batch_size": self.args.per_device_eval_batch_size, "show_progress": not self.args.disable_tqdm}
         self.report = measure_exits(self._exits_model, dataset, **{**arguments, **kwargs})
-        folder = self._folder
-        self.report.to_json(folder / REPORT_FILE)
-        self.report.plot(folder / PLOT_FILE)
-        self.create_model_card()
+        if self.is_world_process_zero():
+            self.report.to_json(self._folder / REPORT_FILE)
+            self.report.plot(self._folder / PLOT_FILE)
+            self.create_model_card()
         return self.report
 
     def create_model_card(

@@ -1,0 +1,65 @@
+"""One call on several processes or GPUs: each takes a share of the items, and all get every answer.
+
+Starting the processes, choosing their devices and moving tensors between them is `accelerate`'s.
+"""
+
+import os
+from typing import Any
+
+import torch
+from transformers.utils import is_accelerate_available
+
+if is_accelerate_available():
+    from accelerate import PartialState
+    from accelerate.utils import gather
+
+
+class Shares:
+    """The split of items, the same in every process, between the processes that were started together.
+
+    Args:
+        count (`int`): Number of items, at least 1.
+        device (`torch.device`): Where this process computes; decides how processes are joined that are not yet.
+    """
+
+    def __init__(self, count: int, device: torch.device):
+        self.count = count
+        self._state = _joined_processes(device)
+
+    def own(self) -> torch.Tensor:
+        """Indexes of this process's items: every n-th, so that shares of sorted items are alike.
+
+        Returns:
+            `torch.LongTensor`: Of one length in every process, for which some have an item that another one has, too.
+        """
+        if self._state is None:
+            return torch.arange(self.count)
+        processes = self._state.num_processes
+        padded = -(-self.count // processes) * processes
+        return torch.arange(self._state.process_index, padded, processes) % self.count
+
+    def join(self, values: torch.Tensor) -> torch.Tensor:
+        """What belongs to every item, from what belongs to the items of each process.
+
+        Args:
+            values (`torch.Tensor` of shape `(items of this process, ...)`): On any device.
+
+        Returns:
+            `torch.Tensor` of shape `(count, ...)`: On the CPU, the same in every process.
+        """
+        if self._state is None:
+            return values.cpu()
+        together = gather(values.to(self._state.device).contiguous()).cpu()
+        return together.unflatten(0, (self._state.num_processes, -1)).transpose(0, 1).flatten(0, 1)[: self.count]
+
+
+def _joined_processes(device: torch.device) -> Any:
+    """The state of this process among those that `accelerate launch` or `torchrun` started; None if it is alone."""
+    if not is_accelerate_available():
+        return None
+    is_launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    is_joined = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not (is_launched or is_joined):
+        return None
+    state = PartialState(cpu=device.type == "cpu")
+    return state if state.num_processes > 1 else None

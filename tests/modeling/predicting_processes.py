@@ -1,0 +1,82 @@
+"""`predict`, `evaluate_exits` and `calibrate_exits` for `accelerate launch`, which starts this in several processes.
+
+accelerate launch --num_processes 2 predicting_processes.py FOLDER
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch
+from safetensors.torch import save_file
+
+from hf_adaptive import CascadeForSequenceClassification, calibrate_exits, evaluate_exits
+from tests import tiny
+
+torch.set_num_threads(1)
+LENGTHS = (1, 2, 7, 21)
+CALLS = {"everything": {"exit_thresholds": [None, None]}, "early": {"exit_thresholds": 0.6}, "forced": {"exit_at": 2}}
+
+
+def models():
+    """Classifiers with exits, one with learned units, and a cascade."""
+    members = [tiny.plain_model("bert", num_hidden_layers=depth) for depth in tiny.EXIT_LAYERS]
+    return {
+        "bert": tiny.model("bert"),
+        "learned": tiny.model("roberta", exit_criterion="learned"),
+        "cascade": CascadeForSequenceClassification.from_models(members),
+    }
+
+
+def examples(count):
+    """Rows of different lengths, with labels."""
+    generator = torch.Generator().manual_seed(count)
+    lengths = torch.randint(2, 20, (count,), generator=generator).tolist()
+    rows = [torch.randint(3, tiny.VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+    labels = torch.randint(0, tiny.LABELS, (count,), generator=generator).tolist()
+    return [{"input_ids": row, "label": label} for row, label in zip(rows, labels)]
+
+
+def answers():
+    """Everything that `predict` says, by model, call and number of examples."""
+    found = {}
+    for name, model in models().items():
+        for call, arguments in CALLS.items():
+            for count in LENGTHS:
+                outputs = model.predict(examples(count), batch_size=4, show_progress=False, **arguments)
+                fields = ("logits", "exit_logits", "exit_index", "exit_certainty")
+                found |= {
+                    f"{name}/{call}/{count}/{field}": outputs[field].contiguous()
+                    for field in fields
+                    if outputs.get(field) is not None
+                }
+    return found
+
+
+def report_and_thresholds():
+    """Accuracy and curve of an evaluation, and thresholds of a calibration."""
+    model = tiny.model("bert")
+    calibrate_exits(model, examples(64), target_cost=0.6, show_progress=False)
+    report = evaluate_exits(model, examples(63), timed_examples=8, show_progress=False)
+    curve = [[point.threshold, point.cost, point.accuracy] for point in report.curve]
+    return {
+        "thresholds": torch.tensor(model.config.exit_thresholds),
+        "accuracy": torch.tensor(report.accuracy),
+        "curve": torch.tensor(curve),
+    }
+
+
+def main():
+    """Writes what each process found."""
+    found = {**answers(), **report_and_thresholds()}
+    from accelerate import PartialState
+
+    state = PartialState()
+    assert state.num_processes == 2, state
+    save_file(found, f"{sys.argv[1]}/{state.process_index}.safetensors")
+    state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
