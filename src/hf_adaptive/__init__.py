@@ -3,7 +3,15 @@
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from .auto import AutoModelForSequenceClassificationWithExits
-from .evaluation import CalibrationReport, ExitCalibrator, ExitReport, calibrate_exits, evaluate_exits
+from .evaluation import (
+    CalibrationReport,
+    ExitCalibrator,
+    ExitReport,
+    GradientConflict,
+    calibrate_exits,
+    evaluate_exits,
+    gradient_conflict,
+)
 from .hub import choose_card_to_upload
 from .modeling import papa
 from .modeling.architectures import ARCHITECTURES, Architecture, make_class, register_architecture
@@ -13,7 +21,7 @@ from .modeling.heads import Head
 from .modeling.outputs import SequenceClassifierWithExitsOutput
 from .pipeline import ExitsTextClassificationPipeline
 from .probing import mean_attention, rank_heads
-from .training import ExitsTrainer
+from .training import ExitsTrainer, GradientConflictRecorder, RoutingSchedule
 from .version import __version__
 
 for _architecture in list(ARCHITECTURES.values()):
@@ -40,11 +48,15 @@ __all__ = [
     "ExitReport",
     "ExitsTextClassificationPipeline",
     "ExitsTrainer",
+    "GradientConflict",
+    "GradientConflictRecorder",
     "Head",
+    "RoutingSchedule",
     "SequenceClassifierWithExitsOutput",
     "__version__",
     "calibrate_exits",
     "evaluate_exits",
+    "gradient_conflict",
     "mean_attention",
     "rank_heads",
     "register_architecture",
