@@ -1,0 +1,169 @@
+"""The study of examples/run_exit_study.py, on a tiny encoder and local files, run as a user would."""
+
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from tests import tiny
+
+SCRIPT = Path(__file__).parent.parent / "examples" / "run_exit_study.py"
+FLAGS = (
+    *("--model", "encoder", "--tasks", "toy=toy", "pairs=pairs.csv,text=first,pair=second,label=answer"),
+    *("--exit_layers", "1", "2", "4", "--seeds", "0", "1", "--num_train_epochs", "1", "--use_cpu", "True"),
+    *("--mean_methods", "joint", "multi-model", "open-to-closed", "--cls_methods", "sweet", "--timed_examples", "8"),
+    *("--per_device_train_batch_size", "16", "--output_dir"),
+)
+LAUNCH = (
+    *("-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2"),
+    *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+)
+RUNS = 2 * 4 * 2
+
+
+def environment(folder):
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "home")}
+
+
+def study(folder, *flags, launch=()):
+    return subprocess.run(
+        [sys.executable, *launch, str(SCRIPT), *FLAGS, *map(str, flags)],
+        cwd=folder,
+        env=environment(folder),
+        capture_output=True,
+        text=True,
+    )
+
+
+def results(folder):
+    return (folder / "results.json").read_text()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with an encoder and two tasks."""
+    folder = tmp_path_factory.mktemp("study")
+    tiny.plain_model("bert", "Model").save_pretrained(folder / "encoder")
+    tiny.tokenizer().save_pretrained(folder / "encoder")
+    (folder / "toy").mkdir()
+    for split, seed in (("train", 0), ("test", 1)):
+        texts = tiny.sentences(60, seed)
+        rows = {"text": texts, "label": [int("good" in text) for text in texts]}
+        Dataset.from_dict(rows).to_parquet(folder / "toy" / f"{split}.parquet")
+    texts = tiny.sentences(120, 2)
+    answers = ["same" if len(first) > len(second) else "other" for first, second in zip(texts[::2], texts[1::2])]
+    pairs = {"first": texts[::2], "second": texts[1::2], "answer": answers}
+    Dataset.from_dict(pairs).to_csv(folder / "pairs.csv")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """Of the study in one go, on one process: the output folder."""
+    cards = ("--cards_dir", folder / "cards", "--card_methods", "multi-model", "sweet")
+    done = study(folder, "whole", *cards)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder / "whole"
+
+
+def test_every_run_is_in_the_results(whole):
+    found = json.loads(results(whole))
+    wanted = {
+        (task, pooling, method, seed)
+        for task in ("toy", "pairs")
+        for pooling, method in (
+            ("mean", "joint"),
+            ("mean", "multi-model"),
+            ("mean", "open-to-closed"),
+            ("cls", "sweet"),
+        )
+        for seed in (0, 1)
+    }
+    assert {(run["task"], run["pooling"], run["method"], run["seed"]) for run in found["runs"]} == wanted
+    for run in found["runs"]:
+        assert len(run["report"]["accuracy"]) == 3
+        records = run["gradient_conflict"]
+        assert (records is not None) == (run["seed"] == 0 and run["method"] in ("joint", "sweet"))
+    assert set(found["summary"]["settings"]) == {"toy, mean", "toy, cls", "pairs, mean", "pairs, cls"}
+
+
+def test_tables_and_figures(whole):
+    found = json.loads(results(whole))
+    table = (whole / "results.md").read_text()
+    joint = found["summary"]["settings"]["toy, mean"]["exits"]["joint"][0]
+    assert f"| joint | {100 * joint['mean']:.1f} ± {100 * joint['half']:.1f} |" in table
+    assert sum(joint["values"]) / 2 == pytest.approx(joint["mean"])
+    assert {file.name for file in (whole / "figures").iterdir()} == {
+        *(f"{kind}-{task}-{pooling}.svg" for kind in ("curves", "exits") for task in ("toy", "pairs")
+          for pooling in ("mean", "cls")),
+        *(f"gradient-conflict-{task}-{pooling}.svg" for task in ("toy", "pairs") for pooling in ("mean", "cls")),
+        "time.svg",
+    }  # fmt: skip
+
+
+def test_numbers_on_the_cards_are_of_the_json(whole, folder):
+    found = json.loads(results(whole))
+    run = next(run for run in found["runs"] if (run["task"], run["method"], run["seed"]) == ("toy", "multi-model", 0))
+    card = (folder / "cards" / "toy-multi-model" / "README.md").read_text()
+    for score in run["report"]["accuracy"]:
+        assert f"| {score:.4f} |" in card
+    assert (folder / "cards" / "toy-multi-model" / "exits.png").exists()
+    assert (folder / "cards" / "pairs-sweet" / "cls" / "README.md").exists()
+
+
+def test_a_killed_study_goes_on_to_the_same_results(whole, folder):
+    command = [sys.executable, str(SCRIPT), *FLAGS, "killed"]
+    runs = folder / "killed" / "runs"
+    process = subprocess.Popen(
+        command, cwd=folder, env=environment(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not list(runs.glob("*.json")):
+        assert process.poll() is None, "the study ended before its first run"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    written = {file: file.stat().st_mtime_ns for file in runs.glob("*.json")}
+    assert 0 < len(written) < RUNS
+    done = study(folder, "killed")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert results(folder / "killed") == results(whole)
+    assert {file: file.stat().st_mtime_ns for file in written} == written
+
+
+def test_two_processes_give_the_results_of_one(whole, folder):
+    done = study(folder, "two", launch=LAUNCH)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert results(folder / "two") == results(whole)
+
+
+def test_seeds_may_be_added_but_other_settings_are_refused(whole, folder):
+    shutil.copytree(whole / "runs", folder / "more" / "runs")
+    shutil.copytree(whole / "checkpoints", folder / "more" / "checkpoints")
+    shutil.copy(whole / "settings.json", folder / "more")
+    refused = study(folder, "more", "--learning_rate", "1e-5")
+    assert refused.returncode != 0
+    assert "holds a study with other settings: learning_rate=0.0002" in refused.stderr
+    done = study(folder, "more", "--seeds", 0, 1, 2, "--mean_methods", "joint", "--cls_methods", "none")
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(results(folder / "more"))
+    assert [run["seed"] for run in found["runs"] if run["task"] == "toy"] == [0, 1, 2]
+
+
+def test_bad_tasks_and_methods_are_named(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    script = importlib.import_module(SCRIPT.stem)
+    with pytest.raises(ValueError, match=r"a task must be name=source, .* got 'toy=toy,txt=text'"):
+        script.Task.parse("toy=toy,txt=text")
+    with pytest.raises(ValueError, match="got 'toy'"):
+        script.Task.parse("toy")
+    for method in ("share-2", "share-", "swet"):
+        with pytest.raises(ValueError, match=f"unknown method '{method}'"):
+            script.methods_named(["joint", method])
