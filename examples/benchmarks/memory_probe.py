@@ -60,8 +60,8 @@ def main() -> None:
     )
     model = model.to(device).train()
     rows, length = job["rows"], job["length"]
-    # What libraries and the memory of the weights' file need is there after a first step.
-    peak_of_step(model, rows // 2, length, memory)
+    # What libraries and the file of the weights need is there after a first, small step.
+    peak_of_step(model, 2, length, memory)
     half, whole = peak_of_step(model, rows // 2, length, memory), peak_of_step(model, rows, length, memory)
     activations = (whole - half) / ((rows - rows // 2) * length)
     print(json.dumps({"whole": whole, "activations": activations}))
