@@ -68,7 +68,8 @@ def test_saved_and_loaded(checkpoints, tmp_path):
     again = hf_adaptive.AutoModelForSequenceClassificationWithExits.from_pretrained(tmp_path)
     assert again.config.constant_heads == HEADS
     inputs = tiny.batch(length=LENGTH)
-    assert torch.equal(again(**inputs).exit_logits, model(**inputs).exit_logits)
+    # Not bit by bit: some kernels add in another order where weights lie at another address.
+    torch.testing.assert_close(again(**inputs).exit_logits, model(**inputs).exit_logits, atol=1e-6, rtol=1e-5)
 
 
 def test_sweet_trains_them_by_their_own_exit(checkpoints):

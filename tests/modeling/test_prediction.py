@@ -5,9 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_adaptive.modeling.prediction import cheapest_sizes
 from tests import tiny
 
-MODELS = {name: tiny.model(name) for name in tiny.ARCHITECTURES}
+POOLINGS = ("cls", "mean", "last", "late")
+MODELS = {
+    (name, pooling): tiny.model(name, exit_pooling=pooling) for name in tiny.ARCHITECTURES for pooling in POOLINGS
+}
 
 
 def examples(lengths, seed=0):
@@ -37,13 +41,14 @@ def far_from(confidence, threshold):
 @settings(max_examples=25)
 @given(
     name=st.sampled_from(tiny.ARCHITECTURES),
+    pooling=st.sampled_from(POOLINGS),
     lengths=st.lists(st.integers(1, 20), min_size=1, max_size=24),
     batch_size=st.integers(1, 9),
     thresholds=st.lists(st.one_of(st.none(), st.floats(0.3, 1)), min_size=2, max_size=2),
     seed=st.integers(0, 5),
 )
-def test_equals_every_example_alone(name, lengths, batch_size, thresholds, seed):
-    model, rows = MODELS[name], examples(lengths, seed)
+def test_equals_every_example_alone(name, pooling, lengths, batch_size, thresholds, seed):
+    model, rows = MODELS[name, pooling], examples(lengths, seed)
     confidence = confidences(model, rows)
     thresholds = [None if t is None else far_from(confidence[:, i], t) for i, t in enumerate(thresholds)]
     outputs = model.predict(rows, batch_size=batch_size, exit_thresholds=thresholds, show_progress=False)
@@ -55,7 +60,7 @@ def test_equals_every_example_alone(name, lengths, batch_size, thresholds, seed)
 
 
 def test_padding_in_the_data_set_is_dropped_on_either_side():
-    model, rows = MODELS["bert"], examples([3, 9, 5])
+    model, rows = MODELS["bert", "mean"], examples([3, 9, 5])
     padded = [
         {"input_ids": [tiny.PAD] * 4 + row["input_ids"] + [tiny.PAD] * 2, "attention_mask": [0] * 4 + mask + [0] * 2}
         for row in rows
@@ -67,7 +72,7 @@ def test_padding_in_the_data_set_is_dropped_on_either_side():
 
 @pytest.mark.parametrize("depth", tiny.EXIT_LAYERS)
 def test_forced_exit(depth):
-    model, rows = MODELS["mpnet"], examples([4, 7, 2, 7])
+    model, rows = MODELS["mpnet", "cls"], examples([4, 7, 2, 7])
     outputs = model.predict(rows, batch_size=3, exit_at=depth, show_progress=False)
     expected = torch.cat([one.logits for one in alone(model, rows, exit_at=depth)])
     torch.testing.assert_close(outputs.logits, expected, atol=1e-5, rtol=1e-4)
@@ -83,6 +88,44 @@ def test_layers_are_run_in_full_batches_at_every_stage():
     layer.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     model.predict(rows, batch_size=4, exit_thresholds=[threshold, None], show_progress=False)
     assert sizes == [4, 4, 4, 4]
+
+
+def splits(count, limit):
+    """Every way to cut so many rows into batches."""
+    if count == 0:
+        yield []
+    for first in range(1, min(limit, count) + 1):
+        yield from ([first, *rest] for rest in splits(count - first, limit))
+
+
+def work(lengths, sizes, overhead):
+    starts = [sum(sizes[:index]) for index in range(len(sizes))]
+    return sum(size * lengths[start] + overhead for start, size in zip(starts, sizes))
+
+
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=9).map(lambda rows: sorted(rows, reverse=True)),
+    limit=st.integers(1, 5),
+    overhead=st.integers(0, 60),
+)
+def test_no_other_batches_cost_less(lengths, limit, overhead):
+    sizes = cheapest_sizes(lengths, limit, overhead)
+    assert sum(sizes) == len(lengths)
+    assert max(sizes) <= limit
+    least = min(work(lengths, other, overhead) for other in splits(len(lengths), limit))
+    assert work(lengths, sizes, overhead) == least
+
+
+def test_holes_in_a_mask_are_no_tokens():
+    """A row as long as its batch is not read whole by the heads if its mask leaves tokens out."""
+    model = MODELS["bert", "mean"]
+    rows = [{"input_ids": [5, 6, 7, 8], "attention_mask": [1, 0, 1, 1]}, {"input_ids": [9, 5, 6, 7]}]
+    rows[1]["attention_mask"] = [1, 1, 1, 1]
+    outputs = model.predict(rows, exit_thresholds=0.99, show_progress=False)
+    inputs = {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+    with torch.no_grad():
+        expected = model(**inputs, exit_thresholds=0.99)
+    torch.testing.assert_close(outputs.exit_logits, expected.exit_logits, equal_nan=True)
 
 
 def test_bad_calls():

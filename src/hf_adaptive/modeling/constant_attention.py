@@ -359,13 +359,13 @@ class ConstantHeadsMixin(StockClass):
                 hidden_states, attention_mask=attention_mask, output_attentions=output_attentions, **kwargs
             )
             dynamic_context = dynamic_context.unflatten(-1, (self.num_attention_heads, -1))
-            if real is not None:
-                dynamic_context = dynamic_context * real[:, :, None, None]
             context = self._merge(dynamic_context, context, dim=2)
+            if real is not None:
+                context = _masked(context, real[:, :, None, None])
             if attentions is not None:
-                if real is not None:
-                    dynamic_attentions = dynamic_attentions * real[:, None, :, None]
                 attentions = self._merge(dynamic_attentions, attentions, dim=1)
+                if real is not None:
+                    attentions = _masked(attentions, real[:, None, :, None])
         return context.flatten(2), attentions
 
     def _merge(self, dynamic: torch.Tensor, constant: torch.Tensor, dim: int) -> torch.Tensor:
@@ -425,11 +425,24 @@ def constant_context(constants: torch.Tensor, value: torch.Tensor, real: torch.T
         `(batch, length, heads, head_size)`, zero at padding positions and where a row of the constants has no weight
         on any real position: a position that the averages never saw attends to nothing.
     """
-    length = value.shape[1]
-    if real is not None:
-        value = value * real[:, :, None, None]
-    context = torch.einsum("hqk,bkhd->bqhd", constants[:, :length, :length], value)
-    return (context * _inverse_row_sums(constants, length, real).unsqueeze(-1)).to(value.dtype)
+    batch, length = value.shape[:2]
+    by_head = value.permute(2, 1, 0, 3)
+    by_head = by_head.contiguous() if real is None else _multiply(by_head, real.t()[None, :, :, None])
+    context = torch.bmm(constants[:, :length, :length], by_head.flatten(2))
+    context = context.unflatten(2, (batch, -1)).permute(2, 1, 0, 3)
+    return _multiply(context, _inverse_row_sums(constants, length, real).unsqueeze(-1)).to(value.dtype)
+
+
+def _masked(tensor: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The product; in the tensor's own memory where no gradient needs the factors."""
+    return tensor * mask if torch.is_grad_enabled() else tensor.mul_(mask)
+
+
+def _multiply(permuted: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """The product as a contiguous tensor: without a gradient, in one pass over the memory, which is what it costs."""
+    if torch.is_grad_enabled():
+        return (permuted * factor).contiguous()
+    return torch.mul(permuted, factor, out=permuted.new_empty(permuted.shape))
 
 
 def constant_probabilities(constants: torch.Tensor, length: int, real: torch.Tensor | None) -> torch.Tensor:

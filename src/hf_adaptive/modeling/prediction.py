@@ -22,6 +22,12 @@ from .outputs import SequenceClassifierWithExitsOutput
 from .processes import Shares
 
 INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+# What starting a batch costs, in tokens that could be run through a layer instead: measured on CPUs with layers of
+# width 384 and 768; a GPU is busy with a thousand while it launches one.
+_TOKENS_PER_START = {"cpu": 16}
+_TOKENS_PER_START_ELSEWHERE = 1024
+# Batches' worth of rows that wait at an exit before they are run: more rows make batches of more similar length.
+_WAITING_BATCHES = 4
 
 
 @dataclass
@@ -29,7 +35,7 @@ class _Rows:
     """Some examples on their way through the layers.
 
     Args:
-        places (`torch.LongTensor` of shape `(rows,)`): Their numbers in [`LengthSortedBatches`].
+        places (`torch.LongTensor` of shape `(rows,)`): Their numbers in [`LengthSortedBatches`]; on the CPU.
         inputs (`BackboneInputs`): What the backbone is given.
         hidden (`torch.Tensor` of shape `(rows, length, hidden)`, *optional*): Output of the last layer that was run;
             None where the next stage begins anew (a cascade).
@@ -48,14 +54,14 @@ class _Rows:
 
 
 class StageQueue:
-    """Rows that wait at one exit until there is a full batch of them.
+    """Rows that wait at one exit until there are enough for batches of similar length.
 
     Args:
-        padding (`dict[str, int]`): What each input is padded with.
+        batches (`LengthSortedBatches`): The data set.
     """
 
-    def __init__(self, padding: dict[str, int]):
-        self.padding = padding
+    def __init__(self, batches: "LengthSortedBatches"):
+        self.batches = batches
         self.chunks: list[_Rows] = []
 
     def __len__(self) -> int:
@@ -65,10 +71,16 @@ class StageQueue:
         """Adds rows at the end."""
         self.chunks.append(rows)
 
-    def take(self, count: int) -> _Rows:
-        """Removes up to `count` rows from the front, padded to a common length."""
+    def take_all(self) -> Iterator[_Rows]:
+        """Empties the queue, batch by batch."""
+        places = torch.cat([chunk.places for chunk in self.chunks])
+        for count in self.batches.sizes(places):
+            yield self._take(count)
+
+    def _take(self, count: int) -> _Rows:
+        """Removes so many rows from the front, padded to a common length."""
         taken: list[_Rows] = []
-        while self.chunks and count > 0:
+        while count > 0:
             first, rest = self.chunks.pop(0).split(count)
             taken.append(first)
             count -= len(first.places)
@@ -78,15 +90,16 @@ class StageQueue:
 
     def _join(self, chunks: list[_Rows]) -> _Rows:
         length = max(chunk.inputs.length for chunk in chunks)
+        padding = self.batches.padding
         tensors = {
-            name: _pad_and_cat([chunk.inputs.tensors[name] for chunk in chunks], length, self.padding[name])
+            name: _pad_and_cat([chunk.inputs.tensors[name] for chunk in chunks], length, padding[name])
             for name in chunks[0].inputs.tensors
         }
         states = [chunk.hidden for chunk in chunks if chunk.hidden is not None]
         padded = [nn.functional.pad(state, (0, 0, 0, length - state.shape[1])) for state in states]
         hidden = torch.cat(padded) if padded else None
         places = torch.cat([chunk.places for chunk in chunks])
-        return _Rows(places, BackboneInputs(tensors, tensors["attention_mask"]), hidden)
+        return _Rows(places, self.batches.as_inputs(places, tensors), hidden)
 
 
 def _pad_and_cat(tensors: list[torch.Tensor], length: int, value: int) -> torch.Tensor:
@@ -165,8 +178,11 @@ class LengthSortedBatches:
         self.device = device
         self.columns = _columns(examples)
         self.spans = [_real_span(mask) for mask in self.columns["attention_mask"]]
-        lengths = torch.tensor([stop - start for start, stop in self.spans])
-        self._order = lengths.argsort(descending=True, stable=True)
+        self.lengths = torch.tensor([stop - start for start, stop in self.spans])
+        self.is_whole = torch.tensor(
+            [0 not in mask[start:stop] for mask, (start, stop) in zip(self.columns["attention_mask"], self.spans)]
+        )
+        self._order = self.lengths.argsort(descending=True, stable=True)
         self._shares = Shares(len(self._order), device)
         self._own = self._order[self._shares.own()]
 
@@ -174,10 +190,27 @@ class LengthSortedBatches:
         return len(self._own)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, BackboneInputs]]:
-        for places in torch.arange(len(self)).split(self.batch_size):
+        every_place = torch.arange(len(self))
+        for places in every_place.split(self.sizes(every_place)):
             examples = self._own[places].tolist()
             tensors = {name: self._batch(name, examples) for name in self.columns}
-            yield places.to(self.device), BackboneInputs(tensors, tensors["attention_mask"])
+            yield places, self.as_inputs(places, tensors)
+
+    def sizes(self, places: torch.Tensor) -> list[int]:
+        """Sizes of batches, at most `batch_size`, in which these rows are run with the least padding for their number.
+
+        Args:
+            places (`torch.LongTensor` of shape `(rows,)`): Ascending, so that the longest row is the first.
+        """
+        overhead = _TOKENS_PER_START.get(self.device.type, _TOKENS_PER_START_ELSEWHERE)
+        return cheapest_sizes(self.lengths[self._own[places]].tolist(), self.batch_size, overhead)
+
+    def as_inputs(self, places: torch.Tensor, tensors: dict[str, torch.Tensor]) -> BackboneInputs:
+        """What the backbone is given for these rows; without a mask for the heads if no token is padding."""
+        rows = self._own[places]
+        longest = tensors["input_ids"].shape[1]
+        is_full = bool((self.is_whole[rows] & (self.lengths[rows] == longest)).all())
+        return BackboneInputs(tensors, None if is_full else tensors["attention_mask"])
 
     def in_order_of_examples(self, answers: Answers) -> Answers:
         """Answers to all examples in their order, on the CPU, from those to the rows of this process."""
@@ -192,6 +225,30 @@ class LengthSortedBatches:
         length = max(len(row) for row in rows)
         padded = [[*row, *[self.padding[name]] * (length - len(row))] for row in rows]
         return torch.tensor(padded, device=self.device)
+
+
+def cheapest_sizes(lengths: list[int], limit: int, overhead: int) -> list[int]:
+    """Splits sorted rows into batches such that rows times longest row, plus `overhead` a batch, is least in all.
+
+    Args:
+        lengths (`list[int]`): Tokens of the rows, descending.
+        limit (`int`): Rows of a batch at most.
+        overhead (`int`): What a batch costs beside its tokens, in tokens.
+
+    Returns:
+        `list[int]`: Rows of each batch.
+    """
+    cost, size = [0] * (len(lengths) + 1), [0] * len(lengths)
+    for start in reversed(range(len(lengths))):
+        longest = max(lengths[start], 1)
+        options = range(1, min(limit, len(lengths) - start) + 1)
+        size[start] = min(options, key=lambda rows: rows * longest + cost[start + rows])
+        cost[start] = overhead + size[start] * longest + cost[start + size[start]]
+    sizes, start = [], 0
+    while start < len(lengths):
+        sizes.append(size[start])
+        start += size[start]
+    return sizes
 
 
 def _columns(examples: Sequence[Mapping[str, Any]]) -> dict[str, list[list[int]]]:
@@ -233,17 +290,17 @@ class StagedRun:
         self.policy = policy
         self.bar = bar
         self.answers: Answers | None = None
-        self.queues = {depth: StageQueue(batches.padding) for depth in model._stages}
+        self.queues = {depth: StageQueue(batches) for depth in model._stages}
         self.output_length: int | None = None
 
     def run(self) -> Answers:
-        """Runs everything; the rows of a stage wait until there is a full batch of them."""
+        """Runs everything; the rows of a stage wait until there are several batches of them."""
         for places, inputs in self.batches:
             if self.policy is None:
                 self._run_whole(places, inputs)
                 continue
-            self._run_stage(places, inputs, None)
-            self._run_queues(self.batches.batch_size)
+            self._run_stage(_Rows(places, inputs, None), None)
+            self._run_queues(_WAITING_BATCHES * self.batches.batch_size)
         self._run_queues(1)
         assert self.answers is not None, "there is at least one example"
         return self.answers
@@ -254,28 +311,30 @@ class StagedRun:
             exits = answers.logits.shape[1]
             certainty = None if answers.certainty is None else answers.certainty[:, 0]
             self.answers = Answers.none_yet(len(self.batches), exits, ExitAnswer(answers.logits[:, 0], certainty))
-        self.answers.note(places, slice(None), ExitAnswer(answers.logits, answers.certainty))
+        self.answers.note(places.to(inputs.device), slice(None), ExitAnswer(answers.logits, answers.certainty))
         self.bar.update(len(places))
 
     def _run_queues(self, least: int) -> None:
         """Runs the stages in which at least so many rows wait, the earliest first: it fills the later ones."""
         for depth, queue in self.queues.items():
-            while len(queue) >= least:
-                rows = queue.take(self.batches.batch_size)
-                progress = Progress(depth=depth, hidden=rows.hidden, output_length=self.output_length)
-                self._run_stage(rows.places, rows.inputs, progress)
+            if len(queue) >= least:
+                for rows in queue.take_all():
+                    self._run_stage(rows, Progress(depth=depth, hidden=rows.hidden, output_length=self.output_length))
 
-    def _run_stage(self, places: torch.Tensor, inputs: BackboneInputs, progress: Progress | None) -> None:
+    def _run_stage(self, rows: _Rows, progress: Progress | None) -> None:
         policy = cast(Policy, self.policy)
+        places, inputs = rows.places, rows.inputs
+        numbers = places.to(inputs.device)
         leaving = Leaving(
-            self.model.config, policy, inputs, rows=places, answers=self.answers, total=len(self.batches)
+            self.model.config, policy, inputs, rows=numbers, answers=self.answers, total=len(self.batches)
         )
         progress = self.model._run_until_rows_leave(leaving, progress)
         self.answers = leaving.answers
         if progress is None:
             self.bar.update(len(places))
             return
+        places = places[leaving.staying]
         hidden = leaving.shrink(cast(torch.Tensor, progress.hidden))
         self.output_length = progress.output_length
-        self.bar.update(len(places) - len(leaving.rows))
-        self.queues[progress.depth].put(_Rows(leaving.rows, leaving.inputs, hidden))
+        self.bar.update(len(rows.places) - len(places))
+        self.queues[progress.depth].put(_Rows(places, leaving.inputs, hidden))
