@@ -80,6 +80,7 @@ def _panels(setting: dict[str, Any], draw: Any) -> Figure:
     for axes, (title, shown) in zip(all_axes, panels.items()):
         draw(axes, setting, shown)
         axes.set_title(title, fontsize=10)
+        axes.set_ylim(_limits(setting))
         axes.grid(alpha=0.25)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False, fontsize=9)
     all_axes[0].set_ylabel(f"{setting['metric']}, %")
@@ -88,6 +89,15 @@ def _panels(setting: dict[str, Any], draw: Any) -> Figure:
         f"{setting['task']}, {setting['pooling']} pooling: mean of {seeds} seeds, 95 % intervals", fontsize=11
     )
     return figure
+
+
+def _limits(setting: dict[str, Any]) -> tuple[float, float]:
+    """From the scores' means: the interval of few seeds can be wider than any score."""
+    curves = np.array([curve["mean"] for curve in setting["curves"].values()], dtype=float)
+    exits = [one["mean"] for intervals in setting["exits"].values() for one in intervals]
+    low, high = 100 * min(np.nanmin(curves), *exits), 100 * max(np.nanmax(curves), *exits)
+    margin = 0.15 * (high - low) + 1
+    return max(0, low - margin), min(100, high + margin)
 
 
 def _draw_curves(axes: Axes, setting: dict[str, Any], methods: list[str]) -> None:
@@ -160,9 +170,14 @@ def _time_figure(timing: dict[str, Any]) -> Figure:
         for run, points in runs:
             if (run["task"], run["pooling"]) == (task, pooling):
                 _draw_time(axes, points, full_seconds(timing, run), style(run["method"], methods), run["method"])
+        axes.axline((0, 0), slope=1, color="black", linewidth=0.7, linestyle=":", label="time = cost")
         axes.set_title(f"{task}, {pooling} pooling", fontsize=10)
         axes.set_xlabel("cost: fraction of the layers run")
         axes.grid(alpha=0.25)
+    # Once all lines are drawn: the axes share their range.
+    for axes in all_axes:
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
     all_axes[0].set_ylabel("measured time, all layers of joint = 1")
     handles = {line.get_label(): line for axes in all_axes for line in axes.get_lines() if line.get_label()[0] != "_"}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False, fontsize=9)
@@ -172,9 +187,6 @@ def _time_figure(timing: dict[str, Any]) -> Figure:
 def _draw_time(axes: Axes, points: list[dict[str, Any]], full: float, own: dict[str, Any], method: str) -> None:
     costs = [point["cost"] for point in points]
     axes.plot(costs, [median_seconds(point) / full for point in points], label=method, linewidth=1.4, **own)
-    axes.axline((0, 0), slope=1, color="black", linewidth=0.7, linestyle=":", label="time = cost")
-    axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
 
 
 def _save(figure: Figure, path: Path) -> None:
