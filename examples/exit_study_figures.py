@@ -61,6 +61,7 @@ def write_figures(
                 _save(_conflict_figure(recorded), folder / f"gradient-conflict-{ending}")
         if timing["points"]:
             _save(_time_figure(timing), folder / f"time.{kind}")
+            _save(_score_over_time_figure(summary, timing), folder / f"score-over-time.{kind}")
 
 
 def style(method: str, methods: list[str]) -> dict[str, Any]:
@@ -161,27 +162,75 @@ def _draw_conflict(axes: Axes, run: dict[str, Any]) -> None:
 
 
 def _time_figure(timing: dict[str, Any]) -> Figure:
-    runs = timed_runs(timing)
-    settings = list(dict.fromkeys((run["task"], run["pooling"]) for run, _ in runs))
-    methods = list(dict.fromkeys(run["method"] for run, _ in runs))
-    figure = Figure(figsize=(3.6 * len(settings), 4.2), layout="constrained")
-    all_axes = figure.subplots(1, len(settings), sharey=True, squeeze=False)[0]
-    for axes, (task, pooling) in zip(all_axes, settings):
-        for run, points in runs:
-            if (run["task"], run["pooling"]) == (task, pooling):
-                _draw_time(axes, points, full_seconds(timing, run), style(run["method"], methods), run["method"])
+    figure, all_axes = _timed_axes(timing)
+    for setting, axes in all_axes.items():
+        for run, points in _timed_in(timing, setting):
+            _draw_time(axes, points, full_seconds(timing, run), _timed_style(timing, run), run["method"])
         axes.axline((0, 0), slope=1, color="black", linewidth=0.7, linestyle=":", label="time = cost")
-        axes.set_title(f"{task}, {pooling} pooling", fontsize=10)
         axes.set_xlabel("cost: fraction of the layers run")
-        axes.grid(alpha=0.25)
     # Once all lines are drawn: the axes share their range.
-    for axes in all_axes:
+    for axes in all_axes.values():
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
-    all_axes[0].set_ylabel("measured time, all layers of joint = 1")
-    handles = {line.get_label(): line for axes in all_axes for line in axes.get_lines() if line.get_label()[0] != "_"}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    next(iter(all_axes.values())).set_ylabel("measured time, all layers of joint = 1")
+    _legend_below(figure, all_axes)
     return figure
+
+
+def _score_over_time_figure(summary: dict[str, Any], timing: dict[str, Any]) -> Figure:
+    """The curves with their bands over seeds, cost replaced by the time that was measured at that cost."""
+    figure, all_axes = _timed_axes(timing, share_y=False)
+    for (task, pooling), axes in all_axes.items():
+        setting = summary["settings"][f"{task}, {pooling}"]
+        for run, points in _timed_in(timing, (task, pooling)):
+            _draw_score_over_time(axes, setting, run, points, full_seconds(timing, run), _timed_style(timing, run))
+        axes.set_ylim(_limits(setting))
+        axes.set_ylabel(f"{setting['metric']}, %")
+        axes.set_xlabel("measured time, all layers of joint = 1")
+    _legend_below(figure, all_axes)
+    return figure
+
+
+def _timed_axes(timing: dict[str, Any], share_y: bool = True) -> tuple[Figure, dict[tuple[str, str], Axes]]:
+    """Axes for every setting that was timed."""
+    settings = list(dict.fromkeys((run["task"], run["pooling"]) for run, _ in timed_runs(timing)))
+    figure = Figure(figsize=(3.9 * len(settings), 4.2), layout="constrained")
+    all_axes = dict(zip(settings, figure.subplots(1, len(settings), sharey=share_y, squeeze=False)[0]))
+    for (task, pooling), axes in all_axes.items():
+        axes.set_title(f"{task}, {pooling} pooling", fontsize=10)
+        axes.grid(alpha=0.25)
+    return figure, all_axes
+
+
+def _timed_in(timing: dict[str, Any], setting: tuple[str, str]) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    return [(run, points) for run, points in timed_runs(timing) if (run["task"], run["pooling"]) == setting]
+
+
+def _timed_style(timing: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
+    return style(run["method"], list(dict.fromkeys(other["method"] for other, _ in timed_runs(timing))))
+
+
+def _legend_below(figure: Figure, all_axes: dict[tuple[str, str], Axes]) -> None:
+    lines = [line for axes in all_axes.values() for line in axes.get_lines() if line.get_label()[0] != "_"]
+    handles = {line.get_label(): line for line in lines}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+
+
+def _draw_score_over_time(
+    axes: Axes,
+    setting: dict[str, Any],
+    run: dict[str, Any],
+    points: list[dict[str, Any]],
+    full: float,
+    own: dict[str, Any],
+) -> None:
+    curve = setting["curves"][run["method"]]
+    times = np.interp(
+        setting["grid"], [point["cost"] for point in points], [median_seconds(point) / full for point in points]
+    )
+    mean, lower, upper = (100 * np.array(curve[name], dtype=float) for name in ("mean", "lower", "upper"))
+    axes.plot(times, mean, label=run["method"], markevery=12, linewidth=1.6, **own)
+    axes.fill_between(times, lower, upper, color=own["color"], alpha=0.12, linewidth=0)
 
 
 def _draw_time(axes: Axes, points: list[dict[str, Any]], full: float, own: dict[str, Any], method: str) -> None:

@@ -156,6 +156,26 @@ def test_no_matrix_is_made_for_each_input(family):
         assert recorded.shapes & per_input
 
 
+@settings(max_examples=40)
+@given(
+    real=masks,
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 99),
+)
+def test_without_a_gradient_the_context_is_the_same(real, dtype, seed):
+    """The one pass over the memory that is made where no gradient is needed."""
+    generator = torch.Generator().manual_seed(seed)
+    constants = torch.rand(3, 16, 16, generator=generator).to(dtype)
+    value = torch.randn(*real.shape, 3, 5, generator=generator).to(dtype)
+    for mask in (real, None):
+        expected = constant_context(constants, value, mask)
+        with torch.no_grad():
+            own = constant_context(constants, value, mask)
+        assert own.dtype == dtype
+        assert own.is_contiguous()
+        torch.testing.assert_close(own, expected, atol=1e-6 if dtype is torch.float32 else 2e-2, rtol=1e-5)
+
+
 @pytest.mark.parametrize("family", golden.FAMILIES)
 def test_dropout_acts_on_constants_in_training_only(family):
     every_head = [[layer, head] for layer in range(6) for head in range(4)]

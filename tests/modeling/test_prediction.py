@@ -1,5 +1,7 @@
 """Stage-by-stage prediction over a data set gives what the plain path gives."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -126,6 +128,21 @@ def test_holes_in_a_mask_are_no_tokens():
     with torch.no_grad():
         expected = model(**inputs, exit_thresholds=0.99)
     torch.testing.assert_close(outputs.exit_logits, expected.exit_logits, equal_nan=True)
+
+
+def test_two_data_sets_at_once():
+    model = MODELS["roberta", "mean"]
+    data = [examples(torch.arange(2, 14).tolist(), seed) for seed in range(6)]
+
+    def run(rows):
+        return model.predict(rows, batch_size=3, exit_thresholds=0.6, show_progress=False)
+
+    expected = [run(rows) for rows in data]
+    with ThreadPoolExecutor(max_workers=6) as pool:
+        together = list(pool.map(run, data * 3))
+    for own, alone_ in zip(together, expected * 3):
+        assert torch.equal(own.exit_index, alone_.exit_index)
+        assert torch.equal(own.exit_logits.nan_to_num(7), alone_.exit_logits.nan_to_num(7))
 
 
 def test_bad_calls():
