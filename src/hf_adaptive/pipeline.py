@@ -13,11 +13,23 @@ class ExitsTextClassificationPipeline(TextClassificationPipeline):
     the texts. `batch_size` (32 unless it is given) bounds how many are run at a time. A single text, and what comes
     from a generator, is answered as by the stock pipeline.
 
+    Raises:
+        ValueError: A model without `predict`.
+
     Example:
 
         >>> classify = pipeline("text-classification", "me/sst2-exits", pipeline_class=ExitsTextClassificationPipeline)
         >>> classify(["A masterpiece.", "Far too long."])
     """
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        # Not by its class: a model loaded with trust_remote_code has a copy of it.
+        if "exit_layers" not in self.model.config.to_dict():
+            raise ValueError(
+                f"ExitsTextClassificationPipeline needs a model with exits or a cascade, got a "
+                f"{type(self.model).__name__}. Leave pipeline_class out for other models."
+            )
 
     def get_iterator(
         self,

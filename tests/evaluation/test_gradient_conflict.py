@@ -105,6 +105,13 @@ def test_nothing_of_the_model_changes():
     assert torch.equal(gradient_conflict(model, batch()).norms, first.norms)
 
 
+def test_an_untrained_model_still_counts_as_untrained():
+    model = tiny.model()
+    model._exits_are_untrained = True
+    gradient_conflict(model, batch())
+    assert model._exits_are_untrained
+
+
 def test_thresholds_of_the_configuration_play_no_part():
     free = gradient_conflict(tiny.model(exit_routing="joint"), batch())
     early = gradient_conflict(tiny.model(exit_routing="joint", exit_thresholds=0.0), batch())

@@ -9,6 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
+from accelerate import PartialState
 from safetensors.torch import save_file
 
 from hf_adaptive import CascadeForSequenceClassification, calibrate_exits, evaluate_exits
@@ -67,13 +68,29 @@ def report_and_thresholds():
     }
 
 
+def own_answers(seed):
+    """Of examples that only this process has."""
+    rows = [{"input_ids": [3 + (seed + place) % 9] * (2 + place)} for place in range(5 + seed)]
+    return tiny.model("bert").predict(rows, show_progress=False, split_between_processes=False).logits.contiguous()
+
+
+def refusal(seed):
+    """What is said of data that differ between processes."""
+    try:
+        tiny.model("bert").predict(examples(6 + seed), show_progress=False)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
 def main():
     """Writes what each process found."""
     found = {**answers(), **report_and_thresholds()}
-    from accelerate import PartialState
-
     state = PartialState()
     assert state.num_processes == 2, state
+    said = refusal(state.process_index)
+    assert "2 processes were given different data: [6, 7] examples" in said, said
+    found["own"] = own_answers(state.process_index)
     save_file(found, f"{sys.argv[1]}/{state.process_index}.safetensors")
     state.destroy_process_group()
 

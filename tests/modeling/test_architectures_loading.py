@@ -335,14 +335,17 @@ def elsewhere(tmp_path_factory):
     return models, checkpoints, found, texts
 
 
-def test_the_same_bits_where_the_package_is_not_installed(name, elsewhere):
+def test_the_same_answers_where_the_package_is_not_installed(name, elsewhere):
     models, checkpoints, found, texts = elsewhere
     result, tensors = found[name]
     for key, expected in answers(models[name], INPUTS, checkpoints[name]["thresholds"]).items():
-        assert torch.equal(tensors[key].nan_to_num(7.0), expected.nan_to_num(7.0)), key
+        # Not bit by bit: some kernels add in another order where weights lie at another address.
+        torch.testing.assert_close(tensors[key], expected, atol=2e-6, rtol=1e-5, equal_nan=True, msg=key)
     assert len(tensors["early/exit_index"].unique()) > 1
     assert all(path.startswith("transformers_modules.") for path in result["classes"].values())
-    assert result["texts"] == classified(models[name], tiny.tokenizer(), texts)
+    for own, expected in zip(result["texts"], classified(models[name], tiny.tokenizer(), texts), strict=True):
+        assert [one["label"] for one in own] == [one["label"] for one in expected]
+        assert [one["score"] for one in own] == pytest.approx([one["score"] for one in expected], abs=2e-6)
 
 
 # The registry

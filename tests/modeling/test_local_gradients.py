@@ -128,35 +128,57 @@ def float16_gradients(model, labels, scale):
     return {key: gradient / scale for key, gradient in found.items()}
 
 
-def test_small_gradients_survive_float16():
-    """Weights this small push the unscaled gradients of activations below what float16 can hold."""
-    model = tiny.without_dropout(exit_loss_weights=[3e-6, 3e-6, 3e-6])
-    labels = tiny.labels(ROWS)
+@settings(max_examples=20)
+@given(exponent=st.integers(-7, 4))
+def test_float16_gradients_are_right_whatever_the_size_of_the_loss(exponent):
+    """A loss scaler outside cannot help with these: neither may small ones vanish nor large ones overflow."""
+    weight = 10.0**exponent
+    model = tiny.without_dropout(exit_loss_weights=[weight] * 3)
+    expected, _ = gradients(model, tiny.labels(ROWS))
+    assert relative_error(float16_gradients(model, tiny.labels(ROWS), 1.0), expected) < 0.02
+
+
+def test_float16_loses_such_gradients_the_ordinary_way():
+    """What the test above would not notice if float16 held them anyway."""
+    model = tiny.without_dropout(exit_loss_weights=[1e-6] * 3, exit_local_gradients=False)
+    expected, _ = gradients(model, tiny.labels(ROWS))
+    assert relative_error(float16_gradients(model, tiny.labels(ROWS), 1.0), expected) > 0.05
+
+
+def test_a_loss_scaler_sees_its_scale_and_overflows():
+    model, labels = tiny.without_dropout(), tiny.labels(ROWS)
     expected, _ = gradients(model, labels)
-    model.config.exit_local_gradients = False
-    assert relative_error(float16_gradients(model, labels, 1.0), expected) > 0.05
-    assert relative_error(float16_gradients(model, labels, 2.0**12), expected) < 0.02
-    model.config.exit_local_gradients = True
-    assert relative_error(float16_gradients(model, labels, 2.0**12), expected) < 0.02
-
-
-def test_overflow_in_float16_reaches_the_scaler_and_passes():
-    """A scaler skips such steps; the inner scale falls until gradients are finite again, and nothing is lost then."""
-    model = tiny.without_dropout(exit_loss_weights=[3e3, 3e3, 3e3])
-    labels = tiny.labels(ROWS)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    overflows = []
-    for _ in range(16):
-        with torch.autocast("cpu", dtype=torch.float16):
-            found, _ = gradients(model, labels, after=scaler.scale)
-        scaler.step(optimizer)
-        scaler.update()
-        overflows.append(not all(gradient.isfinite().all() for gradient in found.values()))
-    assert overflows[0]
-    assert not overflows[-1]
+    with torch.autocast("cpu", dtype=torch.float16):
+        gradients(model, labels, after=scaler.scale)
+    scaler.unscale_(optimizer)
+    own = {key: parameter.grad for key, parameter in model.named_parameters()}
+    assert relative_error(own, expected) < 0.02
+    scaler.step(optimizer)
+    scaler.update()
+    with torch.no_grad():
+        model.exits[1].classifier.bias[0] = torch.nan
+    with torch.autocast("cpu", dtype=torch.float16):
+        gradients(model, labels, after=scaler.scale)
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**9
+
+
+def test_large_numbers_to_regress_in_float16():
+    model = tiny.without_dropout(num_labels=1)
+    labels = 1e5 * torch.randn(ROWS)
     expected, _ = gradients(model, labels)
-    assert relative_error(float16_gradients(model, labels, 1.0), expected) < 0.05
+    assert relative_error(float16_gradients(model, labels, 1.0), expected) < 0.02
+
+
+def test_weights_in_float16():
+    model = tiny.without_dropout()
+    expected, _ = gradients(model, tiny.labels(ROWS))
+    own, _ = gradients(model.half(), tiny.labels(ROWS))
+    assert {gradient.dtype for gradient in own.values()} == {torch.float16}
+    assert relative_error({key: gradient.float() for key, gradient in own.items()}, expected) < 0.05
 
 
 # Memory

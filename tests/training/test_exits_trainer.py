@@ -102,6 +102,21 @@ def test_label_smoothing_smooths_the_loss_of_every_exit(tmp_path):
     assert own.train().training_loss > 0
 
 
+def test_label_smoothing_trains_learned_units_too(tmp_path):
+    model = tiny.without_dropout("roberta", num_labels=2, exit_criterion="learned")
+    before = {key: value.clone() for key, value in model.state_dict().items() if "certainty.linear" in key}
+    trainer(tmp_path, model, label_smoothing_factor=0.1, learning_rate=1e-2).train()
+    assert before
+    assert not any(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+
+
+@pytest.mark.parametrize("labels", [[7] * 16, [[0.0, 1.0]] * 16])
+def test_smoothing_names_bad_labels(labels, tmp_path):
+    data = dataset().remove_columns("label").add_column("label", labels)
+    with pytest.raises(ValueError, match=r"labels must lie between 0 and 1|no meaning for problem_type='multi_label"):
+        trainer(tmp_path, data=data, label_smoothing_factor=0.1).train()
+
+
 def test_smoothing_of_numbers_is_refused(tmp_path):
     data = dataset().cast_column("label", Value("float32"))
     model = tiny.model("roberta", num_labels=1)

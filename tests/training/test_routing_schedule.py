@@ -88,9 +88,9 @@ def test_short_trainings_end_with_the_end(steps):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("joint", "disjoint"), "cannot start or end with 'disjoint'"),
-        (("joint", 1.5), "exit_routing must be one of .* got 1.5"),
-        (("loose", "joint"), "exit_routing must be one of .* got 'loose'"),
+        (("joint", "disjoint"), "end must be 'joint', 'sweet' or a share .* got 'disjoint'"),
+        (("joint", 1.5), "end must be .* got 1.5"),
+        (("loose", "joint"), "start must be .* got 'loose'"),
         (("joint", "sweet", "cosine"), "shape must be one of 'linear', 'step', got 'cosine'"),
     ],
 )

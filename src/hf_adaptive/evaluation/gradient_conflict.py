@@ -104,6 +104,7 @@ def _losses(model: Any, batch: Mapping[str, torch.Tensor]) -> list[torch.Tensor]
 def _training_without_dropout(model: torch.nn.Module) -> Iterator[None]:
     """The model itself computes every exit, as in training; its parts are in evaluation mode."""
     modes = {module: module.training for module in model.modules()}
+    were_untrained = model._exits_are_untrained
     try:
         model.eval()
         model.training = True
@@ -111,6 +112,7 @@ def _training_without_dropout(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+        model._exits_are_untrained = were_untrained
 
 
 def _layer_gradients(model: Any, loss: torch.Tensor) -> list[torch.Tensor]:

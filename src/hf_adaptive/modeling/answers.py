@@ -26,6 +26,11 @@ class ExitAnswer:
     logits: torch.Tensor
     certainty: torch.Tensor | None = None
 
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The logits, and the certainty if there is one."""
+        return [self.logits] if self.certainty is None else [self.logits, self.certainty]
+
     def to(self, device: torch.device) -> "ExitAnswer":
         """The same on another device."""
         return ExitAnswer(self.logits.to(device), None if self.certainty is None else self.certainty.to(device))

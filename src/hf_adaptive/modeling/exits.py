@@ -20,7 +20,7 @@ from .heads import CertaintyUnit, ExitHead
 from .inputs import BackboneInputs, positions_of_real_tokens
 from .layers import LayerList, LayerRun, Pause, Progress, install_layer_list
 from .loading import LoadsPlainCheckpoints
-from .local_gradients import LocalGradients, LossScale, can_be_local, trained_parameters
+from .local_gradients import LocalGradients, can_be_local, trained_parameters
 from .losses import check_labels, exit_loss
 from .outputs import SequenceClassifierWithExitsOutput
 from .prediction import PredictsDatasets
@@ -58,7 +58,6 @@ class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, PredictsDatasets, DecidesRow
         install_layer_list(backbone, self.architecture.layers)
         self.exits = nn.ModuleList(self._make_exit(depth) for depth in config.exit_layers)
         self._exits_are_untrained = True
-        self._loss_scale = LossScale()
         self._check_routing_of_shared_layers()
         self._freeze_if_disjoint()
         config.keys_to_ignore_at_inference = list(NOT_GATHERED)
@@ -252,13 +251,16 @@ class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, PredictsDatasets, DecidesRow
 
     def _learn_locally(self, inputs: BackboneInputs, labels: torch.Tensor) -> tuple[Answers, torch.Tensor]:
         """Runs everything; each exit's gradients are computed before the next segment is run."""
-        gradients = LocalGradients(trained_parameters(self), self._loss_scale)
+        gradients = LocalGradients(trained_parameters(self))
         answers: list[ExitAnswer] = []
 
         def at_exit(depth: int, hidden: torch.Tensor) -> torch.Tensor:
             index = len(answers)
             answer = self._exit_answer(index, hidden, inputs)
-            gradients.add(exit_loss(index, answer.logits, answer.certainty, labels, self.config), answer.logits)
+            gradients.add(
+                answer.tensors,
+                lambda logits, certainty=None: exit_loss(index, logits, certainty, labels, self.config),
+            )
             answers.append(answer.without_gradient())
             return hidden.detach()
 

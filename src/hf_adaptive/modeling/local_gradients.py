@@ -6,6 +6,7 @@ that the model returns hands them to autograd as a function of the parameters: w
 (`Trainer`, a loss scaler, DDP's hooks) sees an ordinary model.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,33 +15,9 @@ from torch.autograd.function import once_differentiable
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
-# Float16 gradients of the loss as it is would vanish below 2 ** -24; those of 4096 times the loss do below 2 ** -36.
-_FIRST_SCALE = 2.0**12
-
-
-class LossScale:
-    """What a float16 loss is multiplied by before its gradients are computed, so that small ones do not vanish.
-
-    Any loss scaler comes too late for gradients that are computed during the forward pass. Halved after each pass
-    whose gradients overflowed; a scaler outside skips that step, as it does for its own overflows.
-    """
-
-    def __init__(self) -> None:
-        # Made when it is needed: models are built on the meta device.
-        self._value: torch.Tensor | None = None
-
-    def on(self, device: torch.device) -> torch.Tensor:
-        """The scale as a float32 scalar on a device."""
-        if self._value is None:
-            self._value = torch.tensor(_FIRST_SCALE)
-        self._value = self._value.to(device)
-        return self._value
-
-    def note(self, gradients: list[torch.Tensor]) -> None:
-        """Halves the scale if a gradient is infinite or NaN. Decided on the device: nothing waits for it."""
-        is_finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
-        scale = self.on(is_finite.device)
-        self._value = torch.where(is_finite, scale, (scale / 2).clamp(min=1))
+# The largest gradient of a score in float16, from which those of the activations are computed: they may grow two
+# thousand times on their way down, and are lost only where they shrink to a billionth.
+_LARGEST_START = 32.0
 
 
 class LocalGradients:
@@ -48,58 +25,75 @@ class LocalGradients:
 
     Args:
         parameters (`list[nn.Parameter]`): Those that are trained.
-        loss_scale (`LossScale`): For losses that come from float16 logits.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], loss_scale: LossScale):
+    def __init__(self, parameters: list[nn.Parameter]):
         self.parameters = parameters
-        self.loss_scale = loss_scale
-        self.scale: torch.Tensor | None = None
         self.losses: list[torch.Tensor] = []
         self._gradients: list[torch.Tensor | None] = [None] * len(parameters)
 
-    def add(self, loss: torch.Tensor, logits: torch.Tensor) -> None:
+    def add(self, outputs: list[torch.Tensor], loss_of: Callable[..., torch.Tensor]) -> None:
         """Adds the gradients of one exit's loss, and frees what they were computed from.
 
         Args:
-            loss (`torch.Tensor`): A scalar.
-            logits (`torch.Tensor`): What it was computed from; of half precision if the layers are.
+            outputs (`list[torch.Tensor]`): What the exit says.
+            loss_of (`Callable`): Its loss, a scalar, from as many tensors.
         """
+        is_half = outputs[0].dtype is torch.float16
+        leaves = [(tensor.detach().float() if is_half else tensor.detach()).requires_grad_() for tensor in outputs]
+        loss = loss_of(*leaves)
         self.losses.append(loss.detach())
-        if not loss.requires_grad:  # head and segment are frozen
+        if not any(tensor.requires_grad for tensor in outputs):  # head and segment are frozen
             return
-        if logits.dtype is torch.float16:
-            self.scale = self.loss_scale.on(loss.device)
-            loss = loss * self.scale
         # Autocast is for forward passes only.
         with torch.autocast(loss.device.type, enabled=False):
-            gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-        for index, gradient in enumerate(gradients):
+            starts = torch.autograd.grad(loss, leaves)
+            scale = _float16_scale(starts) if is_half else None
+            self._add_from(outputs, starts, scale)
+
+    def _add_from(
+        self, outputs: list[torch.Tensor], starts: tuple[torch.Tensor, ...], scale: torch.Tensor | None
+    ) -> None:
+        scaled = [start if scale is None else start * scale for start in starts]
+        found = torch.autograd.grad(
+            outputs,
+            self.parameters,
+            [start.to(tensor.dtype) for start, tensor in zip(scaled, outputs)],
+            allow_unused=True,
+        )
+        for index, gradient in enumerate(found):
             if gradient is not None:
+                gradient = gradient if scale is None else gradient / scale.to(gradient.device)
                 kept = self._gradients[index]
                 self._gradients[index] = gradient if kept is None else kept + gradient
 
     def loss(self) -> torch.Tensor:
         """The sum of the losses; its `backward` gives the parameters their gradients."""
-        total = torch.stack(self.losses).sum()
+        total = torch.stack([loss.to(self.losses[0].device) for loss in self.losses]).sum()
         reached = [index for index, gradient in enumerate(self._gradients) if gradient is not None]
         gradients = [gradient for gradient in self._gradients if gradient is not None]
         self._gradients = []
         if not reached:
             return total
-        if self.scale is not None:
-            self.loss_scale.note(gradients)
-        return _HandOver.apply(total, gradients, self.scale, *(self.parameters[index] for index in reached))
+        return _HandOver.apply(total, gradients, *(self.parameters[index] for index in reached))
+
+
+def _float16_scale(starts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """What scores' gradients are multiplied by, so that those of activations neither vanish nor overflow in float16.
+
+    A loss scaler outside comes too late for gradients that are computed during the forward pass. Found on the device:
+    nothing waits for it.
+    """
+    largest = torch.stack([start.abs().amax() for start in starts]).amax()
+    return torch.where(largest > 0, _LARGEST_START / largest, torch.ones_like(largest))
 
 
 class _HandOver(torch.autograd.Function):
     """A loss whose gradients are known already."""
 
     @staticmethod
-    def forward(
-        ctx: Any, loss: torch.Tensor, gradients: list[torch.Tensor], scale: torch.Tensor | None, *_: nn.Parameter
-    ) -> torch.Tensor:
-        ctx.gradients, ctx.scale = gradients, scale
+    def forward(ctx: Any, loss: torch.Tensor, gradients: list[torch.Tensor], *_: nn.Parameter) -> torch.Tensor:
+        ctx.gradients = gradients
         return loss.view_as(loss)
 
     @staticmethod
@@ -110,11 +104,11 @@ class _HandOver(torch.autograd.Function):
                 "the loss of a SWEET model can be differentiated once only: its gradients were computed during the "
                 "forward pass and are handed over. For more, set model.config.exit_local_gradients = False."
             )
-        factor = gradient if ctx.scale is None else gradient / ctx.scale
         handed_over = []
         while ctx.gradients:  # each is let go before the next one is multiplied
-            handed_over.append(ctx.gradients.pop(0) * factor)
-        return None, None, None, *handed_over
+            own = ctx.gradients.pop(0)
+            handed_over.append(own * gradient.to(own.device))
+        return None, None, *handed_over
 
 
 class _RefuseGradient(torch.autograd.Function):
@@ -158,11 +152,12 @@ def can_be_local(model: nn.Module) -> bool:
         bool(parameters)
         and not torch.compiler.is_compiling()
         and not any(parameter._backward_hooks for parameter in parameters)
-        and not _is_sharded(model)
+        and not is_sharded(model)
     )
 
 
-def _is_sharded(model: nn.Module) -> bool:
+def is_sharded(model: nn.Module) -> bool:
+    """Whether each process holds a part of a parameter, so that all of them have to run its layer together."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
     from torch.distributed.tensor import DTensor

@@ -15,6 +15,13 @@ def problem_type(config) -> str:
     return "regression" if config.num_labels == 1 else "single_label_classification"
 
 
+def problem_type_of(labels: torch.Tensor, config: Any) -> str:
+    """As [`problem_type`]; where the configuration does not say and there are several labels, by the labels' type."""
+    if config.problem_type is None and config.num_labels > 1 and labels.is_floating_point():
+        return "multi_label_classification"
+    return problem_type(config)
+
+
 def exits_loss(
     exit_logits: torch.Tensor, certainty: torch.Tensor | None, labels: torch.Tensor, config: Any
 ) -> torch.Tensor:
@@ -101,9 +108,7 @@ def answer_loss(logits: torch.Tensor, labels: torch.Tensor, config) -> torch.Ten
 def check_labels(labels: torch.Tensor, rows: int, config) -> None:
     """Raises `ValueError` for labels of the wrong type, number or range for the problem."""
     is_whole = not labels.is_floating_point()
-    kind = config.problem_type
-    if kind is None:
-        kind = "regression" if config.num_labels == 1 else PROBLEM_TYPES[1 if is_whole else 2]
+    kind = problem_type_of(labels, config)
     if kind not in PROBLEM_TYPES:
         raise ValueError(f"problem_type must be one of {', '.join(PROBLEM_TYPES)}, got {kind!r}.")
     if kind == "single_label_classification":

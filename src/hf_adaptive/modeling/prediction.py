@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 from transformers.utils import logging
@@ -18,6 +19,7 @@ from .bases import ModelBase
 from .criteria import Policy
 from .inputs import BackboneInputs
 from .layers import Progress
+from .local_gradients import is_sharded
 from .outputs import SequenceClassifierWithExitsOutput
 from .processes import Shares
 
@@ -117,11 +119,13 @@ class PredictsDatasets(ModelBase):
         exit_thresholds: list[float | None] | float | None = None,
         exit_at: int | None = None,
         show_progress: bool = True,
+        split_between_processes: bool = True,
     ) -> SequenceClassifierWithExitsOutput:
         """Classifies a data set, without gradients.
 
-        Started by `accelerate launch` on several processes or GPUs, every process has to make the call: each runs a
-        share of the examples, and all get every answer.
+        Started by `accelerate launch` on several processes or GPUs, every process has to make the call with the same
+        examples: each runs a share of them, and all get every answer. (Where processes hold parts of the parameters,
+        they run all examples together.)
 
         Args:
             examples (`Sequence[Mapping]`): Tokenised examples (a `datasets.Dataset`, say) with `input_ids` and, where
@@ -129,6 +133,7 @@ class PredictsDatasets(ModelBase):
             batch_size (`int`): Examples run at a time, at every stage.
             exit_thresholds, exit_at: As in `forward`.
             show_progress (`bool`): Whether to show a bar.
+            split_between_processes (`bool`): False where each process has examples of its own, and wants its answers.
 
         Returns:
             `SequenceClassifierWithExitsOutput`: On the CPU, in the order of `examples`.
@@ -144,7 +149,8 @@ class PredictsDatasets(ModelBase):
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         policy = self._policy(exit_thresholds, exit_at)
-        batches = LengthSortedBatches(examples, batch_size, self._padding_values(), self.device)
+        is_alone = not split_between_processes or is_sharded(self)
+        batches = LengthSortedBatches(examples, batch_size, self._padding_values(), self.device, is_alone)
         with logging.tqdm(total=len(batches), desc="Classifying", disable=not show_progress) as bar:
             answers = batches.in_order_of_examples(StagedRun(self, batches, policy, bar).run())
         return SequenceClassifierWithExitsOutput(
@@ -168,10 +174,16 @@ class LengthSortedBatches:
         batch_size (`int`): Rows of a batch.
         padding (`dict[str, int]`): What each input is padded with.
         device (`torch.device`): Where the batches go.
+        is_alone (`bool`): Whether all rows are this process's.
     """
 
     def __init__(
-        self, examples: Sequence[Mapping[str, Any]], batch_size: int, padding: dict[str, int], device: torch.device
+        self,
+        examples: Sequence[Mapping[str, Any]],
+        batch_size: int,
+        padding: dict[str, int],
+        device: torch.device,
+        is_alone: bool,
     ):
         self.batch_size = batch_size
         self.padding = padding
@@ -183,7 +195,7 @@ class LengthSortedBatches:
             [0 not in mask[start:stop] for mask, (start, stop) in zip(self.columns["attention_mask"], self.spans)]
         )
         self._order = self.lengths.argsort(descending=True, stable=True)
-        self._shares = Shares(len(self._order), device)
+        self._shares = Shares(self.lengths, device, is_alone)
         self._own = self._order[self._shares.own()]
 
     def __len__(self) -> int:
@@ -238,16 +250,18 @@ def cheapest_sizes(lengths: list[int], limit: int, overhead: int) -> list[int]:
     Returns:
         `list[int]`: Rows of each batch.
     """
-    cost, size = [0] * (len(lengths) + 1), [0] * len(lengths)
-    for start in reversed(range(len(lengths))):
-        longest = max(lengths[start], 1)
-        options = range(1, min(limit, len(lengths) - start) + 1)
-        size[start] = min(options, key=lambda rows: rows * longest + cost[start + rows])
-        cost[start] = overhead + size[start] * longest + cost[start + size[start]]
+    count = len(lengths)
+    cost, size = np.zeros(count + 1, dtype=np.int64), np.zeros(count, dtype=np.int64)
+    rows = np.arange(1, limit + 1)
+    for start in reversed(range(count)):
+        most = min(limit, count - start)
+        options = rows[:most] * max(lengths[start], 1) + cost[start + 1 : start + most + 1]
+        best = int(options.argmin())
+        cost[start], size[start] = overhead + options[best], best + 1
     sizes, start = [], 0
     while start < len(lengths):
-        sizes.append(size[start])
-        start += size[start]
+        sizes.append(int(size[start]))
+        start += sizes[-1]
     return sizes
 
 
@@ -258,7 +272,12 @@ def _columns(examples: Sequence[Mapping[str, Any]]) -> dict[str, list[list[int]]
             f"examples must be tokenised: they have {sorted(examples[0])}, but no input_ids. Run the tokenizer first."
         )
     columns: dict[str, list[list[int]]] = {name: [] for name in names}
-    for example in examples:
+    for row, example in enumerate(examples):
+        if [name for name in INPUT_NAMES if name in example] != names:
+            raise ValueError(
+                f"examples must have the same inputs: the first has {names}, but number {row} has {sorted(example)}. "
+                "Tokenise all of them alike."
+            )
         for name in names:
             values = example[name]
             columns[name].append(values.tolist() if isinstance(values, torch.Tensor) else list(values))
@@ -311,7 +330,7 @@ class StagedRun:
             exits = answers.logits.shape[1]
             certainty = None if answers.certainty is None else answers.certainty[:, 0]
             self.answers = Answers.none_yet(len(self.batches), exits, ExitAnswer(answers.logits[:, 0], certainty))
-        self.answers.note(places.to(inputs.device), slice(None), ExitAnswer(answers.logits, answers.certainty))
+        self.answers.note(places.to(answers.logits.device), slice(None), ExitAnswer(answers.logits, answers.certainty))
         self.bar.update(len(places))
 
     def _run_queues(self, least: int) -> None:

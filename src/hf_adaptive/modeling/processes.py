@@ -18,13 +18,19 @@ class Shares:
     """The split of items, the same in every process, between the processes that were started together.
 
     Args:
-        count (`int`): Number of items, at least 1.
+        lengths (`torch.LongTensor` of shape `(items,)`): Sizes of the items, of which there is at least one.
         device (`torch.device`): Where this process computes; decides how processes are joined that are not yet.
+        is_alone (`bool`): Whether this process does everything itself.
+
+    Raises:
+        ValueError: The processes have different items.
     """
 
-    def __init__(self, count: int, device: torch.device):
-        self.count = count
-        self._state = _joined_processes(device)
+    def __init__(self, lengths: torch.Tensor, device: torch.device, is_alone: bool):
+        self.count = len(lengths)
+        self._state = None if is_alone else _joined_processes(device)
+        if self._state is not None:
+            _check_agreement(lengths, self._state.device)
 
     def own(self) -> torch.Tensor:
         """Indexes of this process's items: every n-th, so that shares of sorted items are alike.
@@ -51,6 +57,18 @@ class Shares:
             return values.cpu()
         together = gather(values.to(self._state.device).contiguous()).cpu()
         return together.unflatten(0, (self._state.num_processes, -1)).transpose(0, 1).flatten(0, 1)[: self.count]
+
+
+def _check_agreement(lengths: torch.Tensor, device: torch.device) -> None:
+    places = torch.arange(1, len(lengths) + 1)
+    own = torch.stack((torch.tensor(len(lengths)), lengths.sum(), (lengths * places).sum()))
+    of_all = gather(own.unsqueeze(0).to(device)).cpu()
+    if not (of_all == of_all[0]).all():
+        raise ValueError(
+            f"the {len(of_all)} processes were given different data: {of_all[:, 0].tolist()} examples of "
+            f"{of_all[:, 1].tolist()} tokens. Give every process the whole data set, of which each runs its share. "
+            "For data that you divided yourself, call predict(..., split_between_processes=False)."
+        )
 
 
 def _joined_processes(device: torch.device) -> Any:

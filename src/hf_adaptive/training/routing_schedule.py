@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..modeling.configuration import check_choice, check_routing
+from ..modeling.configuration import check_choice
 from ..modeling.exits import ExitsMixin
 from ..modeling.routing import gradient_share
 
@@ -32,8 +32,8 @@ class RoutingSchedule(TrainerCallback):
     """
 
     def __init__(self, start: str | float, end: str | float, shape: str = "linear"):
-        for routing in (start, end):
-            _check_end(routing)
+        for name, routing in (("start", start), ("end", end)):
+            _check_end(name, routing)
         check_choice("shape", shape, SHAPES)
         self.start, self.end, self.shape = start, end, shape
 
@@ -80,12 +80,13 @@ class RoutingSchedule(TrainerCallback):
         model.config.exit_routing = self.end
 
 
-def _check_end(routing: Any) -> None:
-    check_routing(routing)
-    if routing == "disjoint":
+def _check_end(name: str, routing: Any) -> None:
+    if routing in ("joint", "sweet"):
+        return
+    if isinstance(routing, bool) or not isinstance(routing, (int, float)) or not 0 <= routing <= 1:
         raise ValueError(
-            "a RoutingSchedule cannot start or end with 'disjoint', which freezes the backbone when the model is "
-            "made: use 'joint', 'sweet' or a share from 0 to 1."
+            f"{name} must be 'joint', 'sweet' or a share from 0 (sweet) to 1 (joint), got {routing!r}. ('disjoint' "
+            "freezes the backbone when the model is made, so it cannot be a part of a schedule.)"
         )
 
 

@@ -14,7 +14,7 @@ from ..evaluation.metrics import default_metric, metric_name, score
 from ..evaluation.report import ExitReport, measure_exits
 from ..hub.model_card import PLOT_FILE, model_card, write_model_card
 from ..hub.push import keep_card_of_hub
-from ..modeling.losses import problem_type
+from ..modeling.losses import certainty_loss, check_labels, problem_type, problem_type_of
 
 logger = logging.get_logger(__name__)
 
@@ -55,19 +55,23 @@ class ExitsTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         # Without labels, so that the exits' scores carry the gradient.
         outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
-        loss = self._smoothed_loss(self.label_smoother, outputs.exit_logits, inputs["labels"])
+        loss = self._smoothed_loss(self.label_smoother, outputs, inputs["labels"])
         return (loss, outputs) if return_outputs else loss
 
-    def _smoothed_loss(self, smoother: LabelSmoother, exit_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def _smoothed_loss(self, smoother: LabelSmoother, outputs: Any, labels: torch.Tensor) -> torch.Tensor:
         config = self._exits_model.config
-        if problem_type(config) != "single_label_classification":
-            raise ValueError(
-                f"label_smoothing_factor has no meaning for problem_type={problem_type(config)!r}: set it to 0."
-            )
-        weights = config.exit_loss_weights or [1.0] * exit_logits.shape[1]
-        logits = exit_logits.unbind(dim=1)
-        losses = [weight * smoother({"logits": one}, labels) for weight, one in zip(weights, logits)]
-        return torch.stack(losses).sum()
+        check_labels(labels, len(labels), config)
+        kind = problem_type_of(labels, config)
+        if kind != "single_label_classification":
+            raise ValueError(f"label_smoothing_factor has no meaning for problem_type={kind!r}: set it to 0.")
+        config.problem_type = kind
+        losses = [smoother({"logits": logits}, labels) for logits in outputs.exit_logits.unbind(dim=1)]
+        if outputs.exit_certainty is not None:
+            # Being right or wrong is not smoothed.
+            answers = zip(outputs.exit_logits.unbind(dim=1), outputs.exit_certainty.unbind(dim=1))
+            losses = [loss + certainty_loss(*answer, labels, config) for loss, answer in zip(losses, answers)]
+        weights = config.exit_loss_weights or [1.0] * len(losses)
+        return torch.stack([weight * loss for weight, loss in zip(weights, losses)]).sum()
 
     # Evaluation
 
