@@ -32,8 +32,8 @@ machine (once more with `--model google-bert/bert-large-uncased --exit_layers 1 
 What a study would take: the same command with `--estimate True` (one process) trains a few steps of every method,
 multiplies out, and prints runs and hours. The default run: README's results page says what it took. The full scale
 has 490 runs an encoder, each of at most 563 steps and 10,000 test examples; at 20 steps a second (10 for a large
-encoder) on a data-centre GPU that is about 6 GPU-hours for the base and 11 for the large one. This is arithmetic, not a
-measurement: ask `--estimate True` on the machine.
+encoder) on a data-centre GPU that is about 6 GPU-hours for the base and 11 for the large one. This is arithmetic, not
+a measurement: ask `--estimate True` on the machine.
 
 In the output folder: results.json (everything but measured time), timing.json, results.md, figures/, runs/ (one file
 for every finished run), checkpoints/ (of the first seed).
