@@ -19,7 +19,7 @@ def plot_report(report: "ExitReport", path: str) -> None:
 
     timed = report.full_seconds is not None and report.curve
     with matplotlib.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(11 if timed else 6, 4.4), layout="constrained")
+        figure = Figure(figsize=(11 if timed else 6, 4.7), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(1, 2 if timed else 1, sharey=True, squeeze=False)[0]
         _plot_over_cost(report, axes[0])
@@ -41,7 +41,8 @@ def _plot_over_cost(report: "ExitReport", axes: "Axes") -> None:
     axes.set_ylabel(report.metric_name)
     axes.set_xlim(0, 1.08)
     axes.set_title(f"{report.num_examples} examples")
-    axes.legend(loc="lower right", frameon=False)
+    # Below, where no data is.
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
 
 
 def _plot_over_speed(report: "ExitReport", axes: "Axes") -> None:
