@@ -105,7 +105,7 @@ def test_tables_and_figures(whole):
         *(f"{kind}-{task}-{pooling}.svg" for kind in ("curves", "exits") for task in ("toy", "pairs")
           for pooling in ("mean", "cls")),
         *(f"gradient-conflict-{task}-{pooling}.svg" for task in ("toy", "pairs") for pooling in ("mean", "cls")),
-        "time.svg",
+        *("time.svg", "score-over-time.svg"),
     }  # fmt: skip
 
 
