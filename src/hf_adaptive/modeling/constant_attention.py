@@ -359,13 +359,13 @@ class ConstantHeadsMixin(StockClass):
                 hidden_states, attention_mask=attention_mask, output_attentions=output_attentions, **kwargs
             )
             dynamic_context = dynamic_context.unflatten(-1, (self.num_attention_heads, -1))
-            context = self._merge(dynamic_context, context, dim=2)
             if real is not None:
-                context = _masked(context, real[:, :, None, None])
+                dynamic_context = _masked(dynamic_context, real[:, :, None, None])
+            context = self._merge(dynamic_context, context, dim=2)
             if attentions is not None:
-                attentions = self._merge(dynamic_attentions, attentions, dim=1)
                 if real is not None:
-                    attentions = _masked(attentions, real[:, None, :, None])
+                    dynamic_attentions = _masked(dynamic_attentions, real[:, None, :, None])
+                attentions = self._merge(dynamic_attentions, attentions, dim=1)
         return context.flatten(2), attentions
 
     def _merge(self, dynamic: torch.Tensor, constant: torch.Tensor, dim: int) -> torch.Tensor:
