@@ -79,7 +79,6 @@ from hf_adaptive import (
     RoutingSchedule,
     evaluate_exits,
 )
-from hf_adaptive.evaluation import CurvePoint
 from hf_adaptive.files import write_whole
 from hf_adaptive.hub import model_card, write_model_card
 from hf_adaptive.modeling.architectures import supported_architecture
@@ -652,7 +651,7 @@ class Study:
             if run.method not in methods_named(self.arguments.card_methods) or run.seed != self.arguments.seeds[0]:
                 continue
             content = json.loads(run_file(self.folder, run).read_text(encoding="utf-8"))
-            report = _report_of(content)
+            report = ExitReport.from_dict(content["report"])
             own = folder / f"{run.task}-{run.method}" / ("" if run.pooling == "mean" else run.pooling)
             model = load_model(run, self._checkpoint(run), self.path, self.arguments.exit_layers, content["classes"])
             card = model_card(
@@ -713,12 +712,6 @@ def timed_thresholds(report: dict[str, Any]) -> list[float | None]:
     wanted = [cheapest + (dearest - cheapest) * place / (TIMED_POINTS - 1) for place in range(TIMED_POINTS - 1)]
     nearest = [min(curve, key=lambda point: abs(point["cost"] - cost))["threshold"] for cost in wanted]
     return [*dict.fromkeys(nearest), [None] * (len(report["costs"]) - 1)]
-
-
-def _report_of(content: dict[str, Any]) -> ExitReport:
-    """The report in a run's file."""
-    values = content["report"]
-    return ExitReport(**{**values, "curve": [CurvePoint(**point) for point in values["curve"]]})
 
 
 def _records(recorder: GradientConflictRecorder | None) -> list[dict[str, Any]] | None:

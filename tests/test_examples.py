@@ -31,8 +31,7 @@ def run(script, *arguments, folder):
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("encoder")
-    tiny.plain_model("bert", "Model").save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
+    tiny.save_encoder(folder)
     return folder
 
 

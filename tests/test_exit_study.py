@@ -51,8 +51,7 @@ def results(folder):
 def folder(tmp_path_factory):
     """A folder with an encoder and two tasks."""
     folder = tmp_path_factory.mktemp("study")
-    tiny.plain_model("bert", "Model").save_pretrained(folder / "encoder")
-    tiny.tokenizer().save_pretrained(folder / "encoder")
+    tiny.save_encoder(folder / "encoder")
     (folder / "toy").mkdir()
     for split, seed in (("train", 0), ("test", 1)):
         texts = tiny.sentences(60, seed)

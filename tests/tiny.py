@@ -123,6 +123,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def save_encoder(folder) -> None:
+    """A plain encoder without a classifier, and its tokenizer, as a user of the examples has them on disk."""
+    plain_model("bert", "Model").save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+
+
 def sentences(count: int = 12, seed: int = 0) -> list[str]:
     """Random sentences of different lengths."""
     generator = torch.Generator().manual_seed(seed)

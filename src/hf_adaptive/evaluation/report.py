@@ -83,7 +83,11 @@ class ExitReport:
     @classmethod
     def from_json(cls, path: str | os.PathLike) -> "ExitReport":
         """Reads a report that `to_json` wrote."""
-        values = json.loads(Path(path).read_text())
+        return cls.from_dict(json.loads(Path(path).read_text()))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ExitReport":
+        """From the plain values that `to_dict` gives."""
         return cls(**{**values, "curve": [CurvePoint(**point) for point in values["curve"]]})
 
     def plot(self, path: str | os.PathLike) -> None:
