@@ -103,6 +103,23 @@ def test_plot_is_over_thresholds(measured):
     assert (folder / "cost_and_time.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_where_time_goes(encoder, labelled, tmp_path):
+    finished = run(
+        *("--quick", "--rows", "where_time_goes", "--encoder", encoder, "--exit_layers", 1, 2, 4, "--repeats", 1),
+        *("--dataset", labelled, "--output_dir", "out"),
+        folder=tmp_path,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    rows = json.loads((tmp_path / "out" / "benchmarks.json").read_text())["rows"]
+    assert [row["what"] for row in rows] == [
+        f"where the time of {name} goes" for name in ("forward",) * 3 + ("predict",) * 3
+    ]
+    for tokens, layers, outside in (rows[:3], rows[3:]):
+        assert 0.5 < tokens["ratio"]["median"] < 2, "about as many tokens as texts are saved"
+        assert layers["ratio"]["median"] > 0
+        assert outside["ratio"]["median"] > 0
+
+
 def test_unknown_rows_are_named(tmp_path):
     finished = run("--rows", "prediction", "predictions", folder=tmp_path)
     assert finished.returncode != 0

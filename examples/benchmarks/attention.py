@@ -24,7 +24,7 @@ def constant_heads(workload: Workload) -> list[Result]:
         name: BatchRun(model.to(workload.device).eval(), workload.long_batch)
         for name, model in {"stock": stock, **models}.items()
     }
-    seconds = measure_in_turn(runs, runs, 2 * workload.size.repeats, workload.device, "constant heads")
+    seconds = measure_in_turn(runs, runs, 3 * workload.size.repeats, workload.device, "constant heads")
     real = workload.long_batch["attention_mask"].float().mean().item()
     weights = "random weights, " if workload.size.bert_is_random else ""
     return [

@@ -6,7 +6,7 @@ import torch
 from measuring import Run, measure_in_turn, medians, ratio
 from results import CurvePoint, Result, Target
 from runs import Cost, ExitBatches, PlainBatches, PlainPass, Prediction, by_length, in_batches
-from workload import BATCH_SIZE, NOBODY_REACHES, Example, Workload
+from workload import BATCH_SIZE, NOBODY_REACHES, Example, Workload, same_for_all
 
 from hf_adaptive.modeling.criteria import CRITERIA
 
@@ -20,7 +20,10 @@ def early_exit_in_batches(workload: Workload) -> list[Result]:
     batches = [workload.batch(batch) for batch in in_batches(texts)]
     early, plain = ExitBatches(workload, batches, thresholds), PlainBatches(workload, batches)
     warm_up = {"early": ExitBatches(workload, batches[:2], thresholds), "plain": PlainBatches(workload, batches[:2])}
-    seconds = _measured(workload, {"early": early, "plain": plain}, warm_up, "early exit in batches")
+    repeats = 3 * workload.size.repeats  # a pass is short
+    seconds = measure_in_turn(
+        {"early": early, "plain": plain}, warm_up, repeats, workload.device, "early exit in batches"
+    )
     cost = Cost.of(early.exit_index, texts, workload.model.config.exit_layers)
     return [
         Result(
@@ -136,7 +139,7 @@ def composition(workload: Workload) -> list[Result]:
     ]
 
 
-def _composed(workload: Workload, name: str, change, thresholds: list[float | None]) -> Result:
+def _composed(workload: Workload, name: str, change, thresholds: list[float]) -> Result:
     model, plain = change(copy.deepcopy(workload.model)), change(copy.deepcopy(workload.plain))
 
     def runs(texts: list[Example]) -> dict[str, Run]:
@@ -166,12 +169,13 @@ def _in_bf16(model):
 
 def _with_compiled_layers(model):
     """Regional compilation: the code of a layer is compiled once and used for all."""
-    for layer in _layers(model):
+    for layer in layers_of(model):
         layer.compile(dynamic=True)
     return model
 
 
-def _layers(model) -> list[torch.nn.Module]:
+def layers_of(model) -> list[torch.nn.Module]:
+    """The backbone's layers."""
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
     return next(list(layers) for layers in lists if len(layers) == model.config.num_hidden_layers)
 
@@ -194,11 +198,6 @@ def cost_and_time(workload: Workload) -> list[CurvePoint]:
         CurvePoint(one, cost.layers, cost.tokens, ratio(seconds[str(one)], seconds["plain"]))
         for one, cost in costs.items()
     ]
-
-
-def same_for_all(threshold: float, config) -> list[float]:
-    """One threshold for every exit but the last."""
-    return [threshold] * (len(config.exit_layers) - 1)
 
 
 def _measured(workload: Workload, runs: dict[str, Run], warm_up: dict[str, Run], title: str) -> dict[str, list[float]]:

@@ -25,6 +25,7 @@ from attention import constant_heads
 from inference import composition, cost_and_time, early_exit_in_batches, nothing_exits, one_at_a_time, prediction
 from loading import remote_code_load
 from measuring import describe_machine
+from profiling import where_time_goes
 from results import CurvePoint, Result, Results
 from text_data import DataArguments
 from training import sweet_memory, sweet_step
@@ -38,6 +39,7 @@ ROWS: dict[str, Row] = {
         prediction,
         one_at_a_time,
         nothing_exits,
+        where_time_goes,
         sweet_step,
         sweet_memory,
         constant_heads,
@@ -46,8 +48,8 @@ ROWS: dict[str, Row] = {
         cost_and_time,
     )
 }
-# Compilation takes minutes.
-FULL_ONLY = ("composition",)
+# They take minutes.
+FULL_ONLY = ("where_time_goes", "composition")
 
 
 @dataclass

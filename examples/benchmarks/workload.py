@@ -21,7 +21,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_adaptive import AutoModelForSequenceClassificationWithExits, calibrate_exits
+from hf_adaptive import AutoModelForSequenceClassificationWithExits, evaluate_exits
+from hf_adaptive.modeling.criteria import CRITERIA
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 from text_data import DataArguments, encoder_path, load_splits
@@ -44,7 +45,7 @@ class Size:
         exit_layers (`list[int]`): Layers run before each exit.
         even_exit_layers (`list[int]`, *optional*): As `exit_layers`, in segments of one size: where SWEET saves most
             memory. None if the segments of `exit_layers` are no longer.
-        train_texts, calibration_texts (`int`): For the exits.
+        train_texts (`int`): For the exits.
         texts (`int`): Timed by `prediction`.
         few_texts (`int`): Timed by the other rows.
         step_batches (`int`): Training batches that are timed.
@@ -58,7 +59,6 @@ class Size:
     exit_layers: list[int]
     even_exit_layers: list[int] | None
     train_texts: int
-    calibration_texts: int
     texts: int
     few_texts: int
     step_batches: int
@@ -67,8 +67,8 @@ class Size:
     bert_is_random: bool
 
 
-FULL = Size("mpnet", [1, 4, 6, 12], [3, 6, 9, 12], 1024, 512, 2048, 512, 6, 32, 5, bert_is_random=True)
-QUICK = Size("minilm", [1, 2, 4, 6], None, 512, 256, 512, 128, 2, 16, 3, bert_is_random=False)
+FULL = Size("mpnet", [1, 4, 6, 12], [3, 6, 9, 12], 1024, 2048, 512, 6, 32, 5, bert_is_random=True)
+QUICK = Size("minilm", [1, 2, 4, 6], None, 512, 512, 128, 2, 16, 3, bert_is_random=False)
 
 
 class Workload:
@@ -98,19 +98,15 @@ class Workload:
 
     @cached_property
     def _splits(self) -> dict[str, Dataset]:
-        """Texts for training, for calibration and to time, none in two of them."""
+        """Texts for training and to time, none in both."""
         whole = dataclasses.replace(self.data, max_train_examples=sys.maxsize, max_eval_examples=sys.maxsize)
         splits = load_splits(whole)
         timed = [splits["test"], splits["validation"]]
         if self.text_files:
             timed = [load_splits(dataclasses.replace(whole, test_file=file))["test"] for file in self.text_files]
-        needed = self.size.train_texts, self.size.calibration_texts
-        # A small file is shared out in the same proportion.
-        share = min(1.0, len(splits["train"]) / sum(needed))
-        train, calibration = (int(share * count) for count in needed)
+        train = min(self.size.train_texts, len(splits["train"]))
         return {
             "train": splits["train"].select(range(train)),
-            "calibration": splits["train"].select(range(train, train + calibration)),
             "timed": concatenate_datasets(timed).shuffle(seed=0),
         }
 
@@ -199,16 +195,22 @@ class Workload:
         return folder
 
     @cached_property
-    def thresholds(self) -> list[float | None]:
-        """With which the calibration texts take the issue's fraction of the layers; temperatures are set as well."""
-        texts = self.tokenised("calibration", self.size.calibration_texts)
-        report = calibrate_exits(self.model, texts, target_cost=ISSUE_COST)
-        if report.thresholds is None:
+    def thresholds(self) -> list[float]:
+        """One for all exits, with which the timed texts take the issue's fraction of the layers, or just less.
+
+        Speed at that fraction is asked for. What the answers are worth is not, so no other texts are needed.
+        """
+        config = self.model.config
+        useful = CRITERIA[config.exit_criterion].useful_thresholds(config.num_labels, len(config.exit_layers))
+        grid = torch.linspace(useful[0], useful[-1], 1001).tolist()
+        curve = evaluate_exits(self.model, self.texts, thresholds=grid, timed_examples=0).curve
+        within = [point for point in curve if point.cost <= ISSUE_COST]
+        if not within:
             raise ValueError(
-                f"no thresholds give a cost of {ISSUE_COST}: exits after {self.model.config.exit_layers} layers allow "
-                f"{self.model.config.exit_costs[0]:.2f} to 1. Choose an earlier first exit."
+                f"no thresholds give a cost of {ISSUE_COST}: exits after {config.exit_layers} layers allow "
+                f"{config.exit_costs[0]:.2f} to 1. Choose an earlier first exit."
             )
-        return report.thresholds
+        return same_for_all(max(within, key=lambda point: point.cost).threshold, config)
 
     @cached_property
     def bert(self) -> str | Path:
@@ -256,3 +258,8 @@ class Workload:
         )
         trainer.train()
         model.save_pretrained(folder)
+
+
+def same_for_all(threshold: float, config: Any) -> list[float]:
+    """One threshold for every exit but the last."""
+    return [threshold] * (len(config.exit_layers) - 1)

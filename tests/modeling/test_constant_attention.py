@@ -176,6 +176,39 @@ def test_without_a_gradient_the_context_is_the_same(real, dtype, seed):
         torch.testing.assert_close(own, expected, atol=1e-6 if dtype is torch.float32 else 2e-2, rtol=1e-5)
 
 
+@settings(max_examples=20)
+@given(
+    family=st.sampled_from(golden.FAMILIES),
+    heads=st.sets(st.tuples(st.integers(0, 5), st.integers(0, 3)), min_size=1),
+    real=masks,
+)
+def test_without_a_gradient_any_choice_of_heads_gives_the_same(family, heads, real):
+    """Heads are then written into place, in runs of even distance."""
+    model = backbone(family, heads=[list(pair) for pair in heads])
+    ids = inputs(*real.shape)
+    expected = model(input_ids=ids, attention_mask=real.long())
+    with torch.no_grad():
+        own = model(input_ids=ids, attention_mask=real.long())
+        with_attentions = model(input_ids=ids, attention_mask=real.long(), output_attentions=True)
+    torch.testing.assert_close(own.last_hidden_state, expected.last_hidden_state, atol=1e-5, rtol=1e-4)
+    attentions = model(input_ids=ids, attention_mask=real.long(), output_attentions=True).attentions
+    torch.testing.assert_close(with_attentions.attentions, attentions, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", golden.FAMILIES)
+def test_a_compiled_layer_is_one_graph(family):
+    model, ids = backbone(family), inputs()
+    mask = torch.ones_like(ids)
+    mask[0, 5:] = 0
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask).last_hidden_state
+        for layer in model.encoder.layer:
+            layer.compile(backend="eager", fullgraph=True)
+        compiled = model(input_ids=ids, attention_mask=mask).last_hidden_state
+    torch.compiler.reset()
+    torch.testing.assert_close(compiled, expected, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("family", golden.FAMILIES)
 def test_dropout_acts_on_constants_in_training_only(family):
     every_head = [[layer, head] for layer in range(6) for head in range(4)]

@@ -6,7 +6,7 @@ the 0/1 padding vector `m` it attends with `C[i, j] m[i] m[j]`, every row divide
 The other ("dynamic") heads of the layer run the stock code of transformers with fewer heads.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -301,6 +301,7 @@ def make_heads_constant(
     attention.constant_value.bias = nn.Parameter(bias)
     attention.constants = nn.Parameter(weight.new_full((len(heads), length, length), 1 / length))
     attention.constant_heads = heads
+    attention.dynamic_heads = dynamic
     attention.layout = layout
     attention.config = config
     # As torch.nn.utils.parametrize does: the module stays an instance of its stock class, by which transformers
@@ -332,7 +333,7 @@ class ConstantHeadsMixin(StockClass):
 
     Attributes:
         constants: `(constant heads, length, length)`, trainable; not normalised, as the papers' averages are not.
-        constant_heads: Which heads of the layer, ascending.
+        constant_heads, dynamic_heads: Which heads of the layer, ascending.
     """
 
     def forward(
@@ -352,29 +353,84 @@ class ConstantHeadsMixin(StockClass):
         output_attentions = (output_attentions or self.config.output_attentions) and (
             self.config._attn_implementation == "eager"
         )
-        value = self.constant_value(hidden_states).unflatten(-1, (len(self.constant_heads), -1))
-        context, attentions = constant_attention(self.constants, value, real, self.dropout, output_attentions)
-        if self.num_attention_heads > 0:
-            dynamic_context, dynamic_attentions = super().forward(
-                hidden_states, attention_mask=attention_mask, output_attentions=output_attentions, **kwargs
-            )
-            dynamic_context = dynamic_context.unflatten(-1, (self.num_attention_heads, -1))
-            if real is not None:
-                dynamic_context = _masked(dynamic_context, real[:, :, None, None])
-            context = self._merge(dynamic_context, context, dim=2)
-            if attentions is not None:
-                if real is not None:
-                    dynamic_attentions = _masked(dynamic_attentions, real[:, None, :, None])
-                attentions = self._merge(dynamic_attentions, attentions, dim=1)
-        return context.flatten(2), attentions
-
-    def _merge(self, dynamic: torch.Tensor, constant: torch.Tensor, dim: int) -> torch.Tensor:
-        """Dynamic and constant heads in the layer's order. No index tensor: that would be copied to the device."""
-        dynamic_heads, constant_heads = iter(dynamic.unbind(dim)), iter(constant.unbind(dim))
-        total = dynamic.shape[dim] + constant.shape[dim]
-        return torch.stack(
-            [next(constant_heads if head in self.constant_heads else dynamic_heads) for head in range(total)], dim=dim
+        constant, constant_attentions = self._constant_part(hidden_states, real, output_attentions)
+        if self.num_attention_heads == 0:
+            return _side_by_side([constant], dim=2).flatten(2), constant_attentions
+        context, attentions = super().forward(
+            hidden_states, attention_mask=attention_mask, output_attentions=output_attentions, **kwargs
         )
+        real = hidden_states.new_ones(1, 1, dtype=torch.bool) if real is None else real
+        context = context.unflatten(-1, (self.num_attention_heads, -1))
+        dynamic = _Heads(self.dynamic_heads, context, real[:, :, None, None])
+        if constant_attentions is not None:
+            constant_matrices = _Heads(self.constant_heads, constant_attentions, real[:, None, :, None])
+            dynamic_matrices = _Heads(self.dynamic_heads, attentions, real[:, None, :, None])
+            constant_attentions = _side_by_side([dynamic_matrices, constant_matrices], dim=1)
+        return _side_by_side([dynamic, constant], dim=2).flatten(2), constant_attentions
+
+    def _constant_part(
+        self, hidden_states: torch.Tensor, real: torch.Tensor | None, output_attentions: bool
+    ) -> tuple["_Heads", torch.Tensor | None]:
+        """What the constant heads read, and their attentions if they are asked for."""
+        value = self.constant_value(hidden_states).unflatten(-1, (len(self.constant_heads), -1))
+        if _needs_matrices(self.dropout, output_attentions):
+            context, attentions = constant_attention(self.constants, value, real, self.dropout, output_attentions)
+            return _Heads(self.constant_heads, context, context.new_ones(1, 1, 1, 1)), attentions
+        scale = _inverse_row_sums(self.constants, value.shape[1], real).unsqueeze(-1)
+        return _Heads(self.constant_heads, _weighted_sums(self.constants, value, real), scale), None
+
+
+@dataclass
+class _Heads:
+    """What some heads of a layer give, still to be multiplied.
+
+    Args:
+        places (`list[int]`): Which heads they are.
+        values (`torch.Tensor`): With a dimension of so many heads.
+        factors (`torch.Tensor`): Can be broadcast to the values.
+    """
+
+    places: list[int]
+    values: torch.Tensor
+    factors: torch.Tensor
+
+    @property
+    def products(self) -> torch.Tensor:
+        """The values times the factors."""
+        return (self.values * self.factors).to(self.values.dtype)
+
+
+def _side_by_side(kinds: list[_Heads], dim: int) -> torch.Tensor:
+    """The products of all heads along `dim`, in the layer's order.
+
+    Without a gradient they are written into place at once, because passes over the memory are what this costs. No
+    index tensor: that would be copied to the device.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():  # a compiler finds its own passes
+        by_place = {place: head for kind in kinds for place, head in zip(kind.places, kind.products.unbind(dim))}
+        return torch.stack([by_place[place] for place in sorted(by_place)], dim=dim)
+    shape = list(kinds[0].values.shape)
+    shape[dim] = sum(len(kind.places) for kind in kinds)
+    merged = kinds[0].values.new_empty(shape)
+    for kind in kinds:
+        values, factors, target = (
+            tensor.movedim(dim, 0) for tensor in (kind.values, kind.factors.expand(kind.values.shape), merged)
+        )
+        for part, places in _even_runs(kind.places):
+            torch.mul(values[part], factors[part], out=target[places])
+    return merged
+
+
+def _even_runs(places: list[int]) -> Iterator[tuple[slice, slice]]:
+    """Cuts ascending places where their distance changes: for each run, where it is in the list, and its places."""
+    start = 0
+    while start < len(places):
+        step = places[start + 1] - places[start] if start + 1 < len(places) else 1
+        stop = start + 1
+        while stop < len(places) and places[stop] - places[stop - 1] == step:
+            stop += 1
+        yield slice(start, stop), slice(places[start], places[stop - 1] + 1, step)
+        start = stop
 
 
 def check_length(length: int, constant_length: int) -> None:
@@ -405,12 +461,16 @@ def constant_attention(
     Returns:
         Context `(batch, length, heads, head_size)`, and attentions `(batch, heads, length, length)` or None.
     """
-    if not output_attentions and not (dropout.training and dropout.p > 0):
+    if not _needs_matrices(dropout, output_attentions):
         return constant_context(constants, value, real), None
     probabilities = constant_probabilities(constants, value.shape[1], real).expand(len(value), -1, -1, -1)
     probabilities = dropout(probabilities).to(value.dtype)
     context = torch.einsum("bhqk,bkhd->bqhd", probabilities, value)
     return context, probabilities if output_attentions else None
+
+
+def _needs_matrices(dropout: nn.Dropout, output_attentions: bool) -> bool:
+    return output_attentions or (dropout.training and dropout.p > 0)
 
 
 def constant_context(constants: torch.Tensor, value: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
@@ -425,17 +485,17 @@ def constant_context(constants: torch.Tensor, value: torch.Tensor, real: torch.T
         `(batch, length, heads, head_size)`, zero at padding positions and where a row of the constants has no weight
         on any real position: a position that the averages never saw attends to nothing.
     """
+    scale = _inverse_row_sums(constants, value.shape[1], real).unsqueeze(-1)
+    return _multiply(_weighted_sums(constants, value, real), scale).to(value.dtype)
+
+
+def _weighted_sums(constants: torch.Tensor, value: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    """As `constant_context`, before the rows of the constants are normalised."""
     batch, length = value.shape[:2]
     by_head = value.permute(2, 1, 0, 3)
     by_head = by_head.contiguous() if real is None else _multiply(by_head, real.t()[None, :, :, None])
-    context = torch.bmm(constants[:, :length, :length], by_head.flatten(2))
-    context = context.unflatten(2, (batch, -1)).permute(2, 1, 0, 3)
-    return _multiply(context, _inverse_row_sums(constants, length, real).unsqueeze(-1)).to(value.dtype)
-
-
-def _masked(tensor: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The product; in the tensor's own memory where no gradient needs the factors."""
-    return tensor * mask if torch.is_grad_enabled() else tensor.mul_(mask)
+    sums = torch.bmm(constants[:, :length, :length], by_head.flatten(2))
+    return sums.unflatten(2, (batch, -1)).permute(2, 1, 0, 3)
 
 
 def _multiply(permuted: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
