@@ -284,7 +284,7 @@ class CascadeForSequenceClassification(SavesWhole, PredictsDatasets, DecidesRowB
         }
         inputs = BackboneInputs({name: t for name, t in named.items() if t is not None}, attention_mask)
         policy = self._policy(exit_thresholds, exit_at)
-        self._exits_are_untrained = self._exits_are_untrained and not self.training
+        self._note_training()
         if labels is not None:
             check_labels(labels, inputs.rows, self.config)
         answers = self._run_everything(inputs, {})[0] if policy is None else self._leave_early(inputs, policy)

@@ -38,6 +38,10 @@ class DecidesRowByRow(ModelBase):
             )
         return ThresholdPolicy(criterion, thresholds)
 
+    def _note_training(self) -> None:
+        """A pass in training mode: from now on the exits are being trained."""
+        self._exits_are_untrained = self._exits_are_untrained and not self.training
+
     def _forced_policy(self, thresholds: Any, exit_at: int) -> Policy | None:
         if thresholds is not None:
             raise ValueError(f"give exit_at={exit_at} or exit_thresholds={thresholds}, not both.")

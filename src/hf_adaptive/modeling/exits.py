@@ -136,7 +136,7 @@ class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, PredictsDatasets, DecidesRow
         if labels is not None:
             check_labels(labels, inputs.rows, self.config)
         flags = self._output_flags(output_hidden_states, output_attentions)
-        self._exits_are_untrained = self._exits_are_untrained and not self.training
+        self._note_training()
         loss, outputs = None, ModelOutput()
         if policy is not None and not flags:
             answers = self._leave_early(inputs, policy)

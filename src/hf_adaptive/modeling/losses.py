@@ -1,9 +1,13 @@
 """The loss of a classifier with exits, and the checks of its labels."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers.loss.loss_utils import ForSequenceClassificationLoss
+
+# Mean loss of one answer a row, from its scores, the labels and the model's configuration.
+MeanLoss = Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor]
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
@@ -22,8 +26,26 @@ def problem_type_of(labels: torch.Tensor, config: Any) -> str:
     return problem_type(config)
 
 
+def answer_loss(logits: torch.Tensor, labels: torch.Tensor, config) -> torch.Tensor:
+    """Mean loss of one answer a row, as every `…ForSequenceClassification` computes it.
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch, labels)`): Scores.
+        labels (`torch.Tensor` of shape `(batch,)` or `(batch, labels)`): By problem type.
+        config: The model's configuration; its problem type is set from the labels if it has none.
+
+    Returns:
+        `torch.Tensor`: A scalar.
+    """
+    return ForSequenceClassificationLoss(labels, logits, config)
+
+
 def exits_loss(
-    exit_logits: torch.Tensor, certainty: torch.Tensor | None, labels: torch.Tensor, config: Any
+    exit_logits: torch.Tensor,
+    certainty: torch.Tensor | None,
+    labels: torch.Tensor,
+    config: Any,
+    mean_loss: MeanLoss = answer_loss,
 ) -> torch.Tensor:
     """Sum over the exits of weight times mean loss (SWEET, section 3: all weights 1).
 
@@ -32,6 +54,7 @@ def exits_loss(
         certainty (`torch.Tensor` of shape `(batch, exits)`, *optional*): Of the exits' learned units.
         labels (`torch.Tensor` of shape `(batch,)` or `(batch, labels)`): By problem type.
         config: The model's configuration.
+        mean_loss (`Callable`): Of one exit, as `answer_loss`.
 
     Returns:
         `torch.Tensor`: A scalar.
@@ -41,14 +64,19 @@ def exits_loss(
     """
     certainties = [None] * exit_logits.shape[1] if certainty is None else certainty.unbind(dim=1)
     losses = [
-        exit_loss(index, logits, certainties[index], labels, config)
+        exit_loss(index, logits, certainties[index], labels, config, mean_loss)
         for index, logits in enumerate(exit_logits.unbind(dim=1))
     ]
     return torch.stack(losses).sum()
 
 
 def exit_loss(
-    index: int, logits: torch.Tensor, certainty: torch.Tensor | None, labels: torch.Tensor, config: Any
+    index: int,
+    logits: torch.Tensor,
+    certainty: torch.Tensor | None,
+    labels: torch.Tensor,
+    config: Any,
+    mean_loss: MeanLoss = answer_loss,
 ) -> torch.Tensor:
     """Weight times mean loss of one exit, with that of its learned unit if it has one.
 
@@ -58,11 +86,12 @@ def exit_loss(
         certainty (`torch.Tensor` of shape `(batch,)`, *optional*): Of its learned unit.
         labels (`torch.Tensor` of shape `(batch,)` or `(batch, labels)`): By problem type.
         config: The model's configuration.
+        mean_loss (`Callable`): As `answer_loss`.
 
     Returns:
         `torch.Tensor`: A scalar.
     """
-    loss = answer_loss(logits, labels, config)
+    loss = mean_loss(logits, labels, config)
     if certainty is not None:
         loss = loss + certainty_loss(logits, certainty, labels, config)
     return loss if config.exit_loss_weights is None else config.exit_loss_weights[index] * loss
@@ -89,20 +118,6 @@ def certainty_loss(logits: torch.Tensor, certainty: torch.Tensor, labels: torch.
         counts = (labels.view(-1) != -100).to(certainty.dtype)
     error = (certainty - is_right.to(certainty.dtype)) ** 2
     return (error * counts).sum() / counts.sum().clamp(min=1)
-
-
-def answer_loss(logits: torch.Tensor, labels: torch.Tensor, config) -> torch.Tensor:
-    """Mean loss of one answer a row, as every `…ForSequenceClassification` computes it.
-
-    Args:
-        logits (`torch.Tensor` of shape `(batch, labels)`): Scores.
-        labels (`torch.Tensor` of shape `(batch,)` or `(batch, labels)`): By problem type.
-        config: The model's configuration; its problem type is set from the labels if it has none.
-
-    Returns:
-        `torch.Tensor`: A scalar.
-    """
-    return ForSequenceClassificationLoss(labels, logits, config)
 
 
 def check_labels(labels: torch.Tensor, rows: int, config) -> None:

@@ -14,7 +14,7 @@ from ..evaluation.metrics import default_metric, metric_name, score
 from ..evaluation.report import ExitReport, measure_exits
 from ..hub.model_card import PLOT_FILE, model_card, write_model_card
 from ..hub.push import keep_card_of_hub
-from ..modeling.losses import certainty_loss, check_labels, problem_type, problem_type_of
+from ..modeling.losses import check_labels, exits_loss, problem_type, problem_type_of
 
 logger = logging.get_logger(__name__)
 
@@ -65,13 +65,12 @@ class ExitsTrainer(Trainer):
         if kind != "single_label_classification":
             raise ValueError(f"label_smoothing_factor has no meaning for problem_type={kind!r}: set it to 0.")
         config.problem_type = kind
-        losses = [smoother({"logits": logits}, labels) for logits in outputs.exit_logits.unbind(dim=1)]
-        if outputs.exit_certainty is not None:
-            # Being right or wrong is not smoothed.
-            answers = zip(outputs.exit_logits.unbind(dim=1), outputs.exit_certainty.unbind(dim=1))
-            losses = [loss + certainty_loss(*answer, labels, config) for loss, answer in zip(losses, answers)]
-        weights = config.exit_loss_weights or [1.0] * len(losses)
-        return torch.stack([weight * loss for weight, loss in zip(weights, losses)]).sum()
+
+        def smoothed(logits: torch.Tensor, labels: torch.Tensor, config: Any) -> torch.Tensor:
+            return smoother({"logits": logits}, labels)
+
+        # Being right or wrong, which a learned unit is asked for, is not smoothed.
+        return exits_loss(outputs.exit_logits, outputs.exit_certainty, labels, config, smoothed)
 
     # Evaluation
 
