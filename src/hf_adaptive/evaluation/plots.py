@@ -25,6 +25,8 @@ def plot_report(report: "ExitReport", path: str) -> None:
         _plot_over_cost(report, axes[0])
         if timed:
             _plot_over_speed(report, axes[1])
+        for panel in axes:
+            panel.margins(y=0.12)  # the labels of the exits stand below them
         figure.savefig(path, dpi=130)
 
 
@@ -40,7 +42,6 @@ def _plot_over_cost(report: "ExitReport", axes: "Axes") -> None:
     axes.set_xlabel("cost: fraction of the layers run")
     axes.set_ylabel(report.metric_name)
     axes.set_xlim(0, 1.08)
-    axes.margins(y=0.12)
     axes.set_title(f"{report.num_examples} examples")
     # Below, where no data is.
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
