@@ -68,7 +68,7 @@ class Size:
 
 
 FULL = Size("mpnet", [1, 4, 6, 12], [3, 6, 9, 12], 1024, 2048, 512, 6, 32, 5, bert_is_random=True)
-QUICK = Size("minilm", [1, 2, 4, 6], None, 512, 512, 128, 2, 16, 3, bert_is_random=False)
+QUICK = Size("minilm", [1, 2, 4, 6], None, 512, 512, 128, 2, 16, 2, bert_is_random=False)
 
 
 class Workload:
