@@ -5,7 +5,7 @@ import copy
 import torch
 from measuring import Run, measure_in_turn, medians, ratio
 from results import CurvePoint, Result, Target
-from runs import Cost, ExitBatches, PlainBatches, PlainPass, Prediction, by_length, in_batches
+from runs import Cost, ExitBatches, PlainBatches, PlainPass, Prediction, by_length, ready_batches
 from workload import BATCH_SIZE, NOBODY_REACHES, Example, Workload, same_for_all
 
 from hf_adaptive.modeling.criteria import CRITERIA
@@ -17,14 +17,14 @@ def early_exit_in_batches(workload: Workload) -> list[Result]:
     """`forward` on batches of similar length beside the plain model on the same batches."""
     thresholds = workload.thresholds
     texts = by_length(workload.few_texts)
-    batches = [workload.batch(batch) for batch in in_batches(texts)]
+    batches = ready_batches(workload, texts)
     early, plain = ExitBatches(workload, batches, thresholds), PlainBatches(workload, batches)
     warm_up = {"early": ExitBatches(workload, batches[:2], thresholds), "plain": PlainBatches(workload, batches[:2])}
     repeats = 3 * workload.size.repeats  # a pass is short
     seconds = measure_in_turn(
         {"early": early, "plain": plain}, warm_up, repeats, workload.device, "early exit in batches"
     )
-    cost = Cost.of(early.exit_index, texts, workload.model.config.exit_layers)
+    cost = Cost.of(early.exit_index, texts, workload.model.config.exit_costs)
     return [
         Result(
             "early_exit_in_batches",
@@ -104,7 +104,7 @@ def nothing_exits(workload: Workload) -> list[Result]:
     thresholds = same_for_all(NOBODY_REACHES, workload.model.config)
 
     def runs(texts: list[Example]) -> dict[str, Run]:
-        batches = [workload.batch(batch) for batch in in_batches(by_length(texts))]
+        batches = ready_batches(workload, texts)
         return {
             "forward": ExitBatches(workload, batches, thresholds),
             "plain, same batches": PlainBatches(workload, batches),

@@ -24,9 +24,9 @@ class Cost:
     tokens: float
 
     @classmethod
-    def of(cls, exit_index: torch.Tensor, texts: Sequence[Example], exit_layers: list[int]) -> "Cost":
+    def of(cls, exit_index: torch.Tensor, texts: Sequence[Example], exit_costs: list[float]) -> "Cost":
         """Of the exits taken, `exit_index (texts,)`."""
-        fractions = torch.tensor(exit_layers, dtype=torch.float64)[exit_index] / exit_layers[-1]
+        fractions = torch.tensor(exit_costs, dtype=torch.float64)[exit_index]
         lengths = torch.tensor([len(text["input_ids"]) for text in texts], dtype=torch.float64)
         return cls(float(fractions.mean()), float((fractions * lengths).sum() / lengths.sum()))
 
@@ -43,6 +43,11 @@ def by_length(texts: Sequence[Example]) -> list[Example]:
 def in_batches(texts: Sequence[Example]) -> list[Sequence[Example]]:
     """In the order given."""
     return [texts[start : start + BATCH_SIZE] for start in range(0, len(texts), BATCH_SIZE)]
+
+
+def ready_batches(workload: Workload, texts: Sequence[Example]) -> list[dict[str, torch.Tensor]]:
+    """On the device, each of texts of similar length; the rows are in the order of `by_length`."""
+    return [workload.batch(batch) for batch in in_batches(by_length(texts))]
 
 
 class PlainPass:
@@ -133,4 +138,4 @@ class Prediction:
 
     @property
     def cost(self) -> Cost:
-        return Cost.of(self.exit_index, self.texts, self.model.config.exit_layers)
+        return Cost.of(self.exit_index, self.texts, self.model.config.exit_costs)
