@@ -359,14 +359,14 @@ class ConstantHeadsMixin(StockClass):
         context, attentions = super().forward(
             hidden_states, attention_mask=attention_mask, output_attentions=output_attentions, **kwargs
         )
-        real = hidden_states.new_ones(1, 1, dtype=torch.bool) if real is None else real
         context = context.unflatten(-1, (self.num_attention_heads, -1))
-        dynamic = _Heads(self.dynamic_heads, context, real[:, :, None, None])
-        if constant_attentions is not None:
-            constant_matrices = _Heads(self.constant_heads, constant_attentions, real[:, None, :, None])
-            dynamic_matrices = _Heads(self.dynamic_heads, attentions, real[:, None, :, None])
-            constant_attentions = _side_by_side([dynamic_matrices, constant_matrices], dim=1)
-        return _side_by_side([dynamic, constant], dim=2).flatten(2), constant_attentions
+        dynamic = _Heads(self.dynamic_heads, context, None if real is None else real[:, :, None, None])
+        context = _side_by_side([dynamic, constant], dim=2).flatten(2)
+        if constant_attentions is None:
+            return context, None
+        dynamic_matrices = _Heads(self.dynamic_heads, attentions, None if real is None else real[:, None, :, None])
+        constant_matrices = _Heads(self.constant_heads, constant_attentions)
+        return context, _side_by_side([dynamic_matrices, constant_matrices], dim=1)
 
     def _constant_part(
         self, hidden_states: torch.Tensor, real: torch.Tensor | None, output_attentions: bool
@@ -375,9 +375,8 @@ class ConstantHeadsMixin(StockClass):
         value = self.constant_value(hidden_states).unflatten(-1, (len(self.constant_heads), -1))
         if _needs_matrices(self.dropout, output_attentions):
             context, attentions = constant_attention(self.constants, value, real, self.dropout, output_attentions)
-            return _Heads(self.constant_heads, context, context.new_ones(1, 1, 1, 1)), attentions
-        scale = _inverse_row_sums(self.constants, value.shape[1], real).unsqueeze(-1)
-        return _Heads(self.constant_heads, _weighted_sums(self.constants, value, real), scale), None
+            return _Heads(self.constant_heads, context), attentions
+        return _Heads(self.constant_heads, *_sums_and_scale(self.constants, value, real)), None
 
 
 @dataclass
@@ -387,17 +386,27 @@ class _Heads:
     Args:
         places (`list[int]`): Which heads they are.
         values (`torch.Tensor`): With a dimension of so many heads.
-        factors (`torch.Tensor`): Can be broadcast to the values.
+        factors (`torch.Tensor`, *optional*): Can be broadcast to the values; None for ones.
     """
 
     places: list[int]
     values: torch.Tensor
-    factors: torch.Tensor
+    factors: torch.Tensor | None = None
 
     @property
     def products(self) -> torch.Tensor:
         """The values times the factors."""
-        return (self.values * self.factors).to(self.values.dtype)
+        return self.values if self.factors is None else (self.values * self.factors).to(self.values.dtype)
+
+    def write_products(self, layer: torch.Tensor, dim: int) -> None:
+        """Puts them into their places along `dim` of the whole layer's tensor."""
+        target, values = layer.movedim(dim, 0), self.values.movedim(dim, 0)
+        factors = None if self.factors is None else self.factors.expand(self.values.shape).movedim(dim, 0)
+        for part, places in _even_runs(self.places):
+            if factors is None:
+                target[places] = values[part]
+            else:
+                torch.mul(values[part], factors[part], out=target[places])
 
 
 def _side_by_side(kinds: list[_Heads], dim: int) -> torch.Tensor:
@@ -413,11 +422,7 @@ def _side_by_side(kinds: list[_Heads], dim: int) -> torch.Tensor:
     shape[dim] = sum(len(kind.places) for kind in kinds)
     merged = kinds[0].values.new_empty(shape)
     for kind in kinds:
-        values, factors, target = (
-            tensor.movedim(dim, 0) for tensor in (kind.values, kind.factors.expand(kind.values.shape), merged)
-        )
-        for part, places in _even_runs(kind.places):
-            torch.mul(values[part], factors[part], out=target[places])
+        kind.write_products(merged, dim)
     return merged
 
 
@@ -485,17 +490,19 @@ def constant_context(constants: torch.Tensor, value: torch.Tensor, real: torch.T
         `(batch, length, heads, head_size)`, zero at padding positions and where a row of the constants has no weight
         on any real position: a position that the averages never saw attends to nothing.
     """
-    scale = _inverse_row_sums(constants, value.shape[1], real).unsqueeze(-1)
-    return _multiply(_weighted_sums(constants, value, real), scale).to(value.dtype)
+    return _multiply(*_sums_and_scale(constants, value, real)).to(value.dtype)
 
 
-def _weighted_sums(constants: torch.Tensor, value: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
-    """As `constant_context`, before the rows of the constants are normalised."""
+def _sums_and_scale(
+    constants: torch.Tensor, value: torch.Tensor, real: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The factors of `constant_context`: what rows that are not normalised read, and one over the rows' sums."""
     batch, length = value.shape[:2]
     by_head = value.permute(2, 1, 0, 3)
     by_head = by_head.contiguous() if real is None else _multiply(by_head, real.t()[None, :, :, None])
     sums = torch.bmm(constants[:, :length, :length], by_head.flatten(2))
-    return sums.unflatten(2, (batch, -1)).permute(2, 1, 0, 3)
+    scale = _inverse_row_sums(constants, length, real).unsqueeze(-1)
+    return sums.unflatten(2, (batch, -1)).permute(2, 1, 0, 3), scale
 
 
 def _multiply(permuted: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
