@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from datasets import Dataset, DatasetDict
 from safetensors.torch import save_file
-from text_data import DataArguments, load_splits
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
 
 from hf_adaptive import CalibrationReport, ExitCalibrator
+from text_data import DataArguments, load_splits
 
 WISHES: list[dict[str, Any]] = [
     {"target_cost": 0.25},

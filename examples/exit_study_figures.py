@@ -5,11 +5,11 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from exit_study_results import full_seconds, median_seconds, timed_runs
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from exit_study_results import full_seconds, median_seconds, timed_runs
 from hf_adaptive.files import write_whole
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; lines differ in dashes and marks as well.

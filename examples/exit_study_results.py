@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_adaptive.evaluation.curves import (
+from study_curves import (
     area_over_costs,
     area_over_speeds,
     best_intervals,

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, DatasetDict
-from text_data import DataArguments, encoder_path, load_splits
 from transformers import AutoTokenizer, DataCollatorWithPadding, HfArgumentParser, TrainingArguments, set_seed
 
 from hf_adaptive import (
@@ -27,6 +26,7 @@ from hf_adaptive import (
     evaluate_exits,
 )
 from hf_adaptive.hub import model_card, write_model_card
+from text_data import DataArguments, encoder_path, load_splits
 
 PLOT_FILE = "exits.png"
 CLASSIFY = Path(__file__).parent / "classify.py"

@@ -54,9 +54,6 @@ import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from exit_study_figures import write_figures
-from exit_study_results import results_table, summarise
-from text_data import DataArguments, encoder_path, load_splits
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import (
@@ -70,6 +67,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from exit_study_figures import write_figures
+from exit_study_results import results_table, summarise
 from hf_adaptive import (
     AutoModelForSequenceClassificationWithExits,
     CascadeForSequenceClassification,
@@ -82,6 +81,7 @@ from hf_adaptive import (
 from hf_adaptive.files import write_whole
 from hf_adaptive.hub import model_card, write_model_card
 from hf_adaptive.modeling.architectures import supported_architecture
+from text_data import DataArguments, encoder_path, load_splits
 
 ROUTINGS = ("joint", "sweet", "disjoint")
 MULTI_MODEL = "multi-model"

@@ -27,9 +27,10 @@ from loading import remote_code_load
 from measuring import describe_machine
 from profiling import where_time_goes
 from results import CurvePoint, Result, Results
-from text_data import DataArguments
 from training import sweet_memory, sweet_step
 from workload import FULL, QUICK, Size, Workload
+
+from text_data import DataArguments
 
 Row = Callable[[Workload], Sequence[Result | CurvePoint]]
 ROWS: dict[str, Row] = {

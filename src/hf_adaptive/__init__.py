@@ -3,15 +3,8 @@
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from .auto import AutoModelForSequenceClassificationWithExits
-from .evaluation import (
-    CalibrationReport,
-    ExitCalibrator,
-    ExitReport,
-    GradientConflict,
-    calibrate_exits,
-    evaluate_exits,
-    gradient_conflict,
-)
+from .calibration import CalibrationReport, ExitCalibrator, calibrate_exits
+from .evaluation import ExitReport, evaluate_exits
 from .hub import choose_card_to_upload
 from .modeling import papa
 from .modeling.architectures import ARCHITECTURES, Architecture, make_class, register_architecture
@@ -21,7 +14,7 @@ from .modeling.heads import Head
 from .modeling.outputs import SequenceClassifierWithExitsOutput
 from .pipeline import ExitsTextClassificationPipeline
 from .probing import mean_attention, rank_heads
-from .training import ExitsTrainer, GradientConflictRecorder, RoutingSchedule
+from .training import ExitsTrainer, GradientConflict, GradientConflictRecorder, RoutingSchedule, gradient_conflict
 from .version import __version__
 
 for _architecture in list(ARCHITECTURES.values()):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..evaluation.gradient_conflict import GradientConflict, gradient_conflict
+from .gradient_conflict import GradientConflict, gradient_conflict
 
 
 class GradientConflictRecorder(TrainerCallback):

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_adaptive.evaluation.exit_table import ExitTable
-from hf_adaptive.evaluation.p_values import (
+from hf_adaptive.calibration.exit_table import ExitTable
+from hf_adaptive.calibration.p_values import (
     accuracy_drop_p_value,
     binomial_cdf,
     binomial_upper_limit,
@@ -18,15 +18,15 @@ from hf_adaptive.evaluation.p_values import (
     disagreement_p_value,
     passes_accuracy_drop,
 )
-from hf_adaptive.evaluation.risk_control import (
+from hf_adaptive.calibration.risk_control import (
     candidate_settings,
     examples_needed,
     find_guaranteed_thresholds,
     split_examples,
 )
-from hf_adaptive.evaluation.threshold_search import find_thresholds
-from hf_adaptive.evaluation.wishes import make_wish
-from tests.evaluation.simulated import golden_cascade, simulated_exits
+from hf_adaptive.calibration.threshold_search import find_thresholds
+from hf_adaptive.calibration.wishes import make_wish
+from tests.calibration.simulated import golden_cascade, simulated_exits
 
 CONFIDENCE = 0.95
 DELTA = 1 - CONFIDENCE

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from hf_adaptive.evaluation.temperature import (
+from hf_adaptive.calibration.temperature import (
     MAX_TEMPERATURE,
     MIN_TEMPERATURE,
     expected_calibration_error,

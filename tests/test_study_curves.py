@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_adaptive.evaluation.curves import (
+from study_curves import (
     area_over_costs,
     area_over_speeds,
     best_intervals,

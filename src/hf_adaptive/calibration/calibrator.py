@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from ..evaluation.data_use import note_use
+from ..evaluation.metrics import LABEL_COLUMNS, label_array
 from ..files import write_whole
 from ..modeling.answers import Answers
 from ..modeling.criteria import CRITERIA
 from ..modeling.losses import problem_type
-from .data_use import note_use
 from .exit_table import ExitTable, Thresholds
-from .metrics import LABEL_COLUMNS, label_array
 from .risk_control import candidate_settings, find_guaranteed_thresholds, split_examples
 from .temperature import TemperatureFit, fit_temperatures
 from .threshold_search import find_thresholds

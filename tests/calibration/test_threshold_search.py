@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from hf_adaptive.evaluation.exit_table import ExitTable, take_exits
-from hf_adaptive.evaluation.setting_search import SharedPath
-from hf_adaptive.evaluation.threshold_search import find_thresholds
-from hf_adaptive.evaluation.wishes import make_wish
-from tests.evaluation.simulated import GOLDEN, golden_cascade, simulated_exits
+from hf_adaptive.calibration.exit_table import ExitTable, take_exits
+from hf_adaptive.calibration.setting_search import SharedPath
+from hf_adaptive.calibration.threshold_search import find_thresholds
+from hf_adaptive.calibration.wishes import make_wish
+from tests.calibration.simulated import GOLDEN, golden_cascade, simulated_exits
 
 WISHES = (
     make_wish(target_cost=0.5),

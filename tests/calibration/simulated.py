@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from hf_adaptive.evaluation.exit_table import ExitTable
+from hf_adaptive.calibration.exit_table import ExitTable
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "sweet"
 
