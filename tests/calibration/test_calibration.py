@@ -206,3 +206,23 @@ def test_report_as_json(calibrator, tmp_path):
     assert read["choice"]["wish"] == {"name": "max_accuracy_drop", "bound": 0.02}
     assert read["thresholds"] == report.thresholds
     assert len(read["temperatures"]) == 3
+
+
+def test_the_model_keeps_what_was_promised_until_its_thresholds_change(data, tmp_path):
+    model = tiny.model("bert")
+    report = calibrate_exits(model, data, max_disagreement=0.3, confidence=0.9, show_progress=False)
+    model.save_pretrained(tmp_path)
+    config = hf_adaptive.AutoModelForSequenceClassificationWithExits.from_pretrained(tmp_path).config
+    record = config.calibration_in_force
+    assert record["wish"] == {"name": "max_disagreement", "bound": 0.3}
+    assert record["guarantee"]["confidence"] == 0.9
+    assert record["num_examples"] == COUNT
+    assert sum(record["measured"]["exit_shares"]) == pytest.approx(1)
+    assert record["thresholds"] == report.thresholds
+    config.exit_thresholds = [0.5, 0.5]
+    assert config.calibration_in_force is None
+
+
+def test_a_record_of_something_else_is_refused():
+    with pytest.raises(ValueError, match="exit_calibration must be None or a dict with the keys"):
+        tiny.model("bert").config_class(exit_layers=[12], exit_calibration={"wish": "fast"})

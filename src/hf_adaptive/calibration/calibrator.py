@@ -65,6 +65,27 @@ class CalibrationReport:
             "num_examples": self.num_examples,
         }
 
+    def to_record(self, temperatures: list[float] | None) -> dict[str, Any]:
+        """What the configuration keeps of an answered wish (`exit_calibration`).
+
+        Args:
+            temperatures (`list[float]`, *optional*): Those that are stored beside it, one for each exit.
+
+        Raises:
+            ValueError: There was no wish.
+        """
+        if self.choice is None:
+            raise ValueError("only temperatures were asked for: there is no wish to record.")
+        choice = self.choice.to_dict()
+        return {
+            "wish": choice["wish"],
+            "guarantee": choice["guarantee"],
+            "measured": {**choice["measured"], "exit_shares": list(self.choice.measured.exit_shares)},
+            "num_examples": self.num_examples,
+            "thresholds": self.thresholds,
+            "temperatures": temperatures,
+        }
+
     def to_json(self, path: str | os.PathLike) -> None:
         """Writes the report, whole or not at all."""
         write_whole(path, lambda draft: Path(draft).write_text(json.dumps(self.to_dict(), indent=2) + "\n"))
@@ -215,6 +236,7 @@ class ExitCalibrator:
                 head.certainty.largest.fill_(largest)
         if report.choice is not None:
             self.config.exit_thresholds = report.thresholds
+            self.config.exit_calibration = report.to_record(self.config.exit_temperatures)
             if not report.found:
                 logger.warning(str(report))
 

@@ -31,6 +31,8 @@ class DecisionsConfigMixin(ConfigBase):
         exit_temperatures (`list[float]`, *optional*): Each exit's logits are divided by its temperature; None for 1.
         exit_tolerance (`float`, *optional*): For `exit_criterion="patience"` in regression: numbers that differ by no
             more than this are the same answer.
+        exit_calibration (`dict`, *optional*): What `calibrate_exits` was asked for, promised and saw when it stored
+            thresholds and temperatures, in plain values; the card and the serving monitor read it.
     """
 
     exit_layers: list[int] = None  # type: ignore[assignment] # None is replaced at once
@@ -39,6 +41,7 @@ class DecisionsConfigMixin(ConfigBase):
     exit_thresholds: list[float | int | None] | float | int | None = None
     exit_temperatures: list[float | int] | None = None
     exit_tolerance: float | int | None = None
+    exit_calibration: dict | None = None
 
     def __post_init__(self, **kwargs: Any):
         refuse_unknown_fields(kwargs, ("exit_", "constant_"), self.added_fields())
@@ -56,6 +59,7 @@ class DecisionsConfigMixin(ConfigBase):
         if self.exit_loss_weights is not None and not any(self.exit_loss_weights):
             raise ValueError("exit_loss_weights must have at least one number above 0: nothing would be learned.")
         self._check_list("exit_temperatures", "a finite number above 0", lambda x: x > 0)
+        check_calibration(self.exit_calibration)
         if self.exit_thresholds is not None:
             self.exit_thresholds = self.checked_thresholds(self.exit_thresholds)
 
@@ -95,6 +99,13 @@ class DecisionsConfigMixin(ConfigBase):
         for position, threshold in enumerate(thresholds):
             CRITERIA[self.exit_criterion].check_threshold(threshold, position)
         return list(thresholds)
+
+    @property
+    def calibration_in_force(self) -> dict[str, Any] | None:
+        """`exit_calibration`, if the thresholds and temperatures are still those that it speaks of."""
+        record = self.exit_calibration
+        stored = (self.exit_thresholds, self.exit_temperatures)
+        return None if record is None or (record["thresholds"], record["temperatures"]) != stored else record
 
     def _check_list(self, name: str, allowed: str, is_allowed: Any) -> None:
         values = getattr(self, name)
@@ -136,6 +147,8 @@ class ExitsConfigMixin(DecisionsConfigMixin):
         exit_temperatures (`list[float]`, *optional*): Each exit's logits are divided by its temperature; None for 1.
         exit_tolerance (`float`, *optional*): For `exit_criterion="patience"` in regression: numbers that differ by no
             more than this are the same answer.
+        exit_calibration (`dict`, *optional*): What `calibrate_exits` was asked for, promised and saw when it stored
+            thresholds and temperatures, in plain values; the card and the serving monitor read it.
         exit_local_gradients (`bool`): Under SWEET, compute the gradients of each segment during the forward pass and
             free its activations before the next one is run: the same gradients in a fraction of the memory. Where that
             cannot be done (sharded parameters, gradient checkpointing, hooks on gradients) it has no effect.
@@ -244,6 +257,16 @@ def check_exit_layers(exit_layers: Any, num_layers: int) -> None:
         raise ValueError(
             f"exit_layers must end at the last layer, {num_layers}, got {exit_layers}. "
             f"Use {[*exit_layers, num_layers]}."
+        )
+
+
+def check_calibration(record: Any) -> None:
+    """Raises `ValueError` unless None or a record as `CalibrationReport.to_record` makes it."""
+    keys = {"wish", "guarantee", "measured", "num_examples", "thresholds", "temperatures"}
+    if record is not None and (not isinstance(record, dict) or set(record) != keys):
+        raise ValueError(
+            f"exit_calibration must be None or a dict with the keys {', '.join(sorted(keys))}, got {record!r}. It is "
+            "written by calibrate_exits; leave it out."
         )
 
 
