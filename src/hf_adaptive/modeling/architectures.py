@@ -29,6 +29,8 @@ class Architecture:
         head (`Head`): How its own classification head is built.
         pooling (`str` or `Callable`): Default of `exit_pooling`, if need be from the configuration.
         final_norm (`str`, *optional*): Path of the normalisation that the backbone applies after the last layer.
+        classifier_poolings (`dict[str, str]`): For stock classifiers that pool in several ways: what their
+            `classifier_pooling` says for an `exit_pooling`.
         pretrained_pooler (`str`, *optional*): Path in the backbone of a pretrained linear pooler that its stock
             classifier leaves out; an exit's dense layer starts from it.
         shares_layers (`bool`): Whether all layers are one module (ALBERT). With `exit_routing="sweet"` the module
@@ -48,6 +50,7 @@ class Architecture:
     head: Head
     pooling: str | Callable[[Any], str] = "cls"
     final_norm: str | None = None
+    classifier_poolings: dict[str, str] = field(default_factory=dict)
     pretrained_pooler: str | None = None
     shares_layers: bool = False
     positions_from_mask: bool = False
@@ -175,7 +178,14 @@ ARCHITECTURES: dict[str, Architecture] = {
     "distilbert": Architecture("DistilBert", "transformer.layer", _DISTILBERT_HEAD),
     "electra": Architecture("Electra", "encoder.layer", _ELECTRA_HEAD),
     "ernie": Architecture("Ernie", "encoder.layer", _BERT_POOLER_HEADS["ernie"], model_arguments=_NO_POOLER),
-    "eurobert": Architecture("EuroBert", "layers", _EUROBERT_HEAD, pooling=_eurobert_pooling, final_norm="norm"),
+    "eurobert": Architecture(
+        "EuroBert",
+        "layers",
+        _EUROBERT_HEAD,
+        pooling=_eurobert_pooling,
+        final_norm="norm",
+        classifier_poolings={"cls": "bos", "mean": "mean", "late": "late"},
+    ),
     "gemma": Architecture("Gemma", **_DECODER),
     "gemma2": Architecture("Gemma2", **_DECODER),
     "gemma3_text": Architecture("Gemma3Text", **_DECODER),
@@ -188,6 +198,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         _MODERNBERT_HEAD,
         pooling=lambda config: config.classifier_pooling,
         final_norm="final_norm",
+        classifier_poolings={"cls": "cls", "mean": "mean"},
     ),
     "mpnet": Architecture(
         "MPNet", "encoder.layer", _MPNET_HEAD, pretrained_pooler="pooler.dense", model_arguments=_NO_POOLER

@@ -28,6 +28,7 @@ from .losses import check_labels
 from .outputs import SequenceClassifierWithExitsOutput
 from .prediction import PredictsDatasets
 from .saving import SavesWhole
+from .stock_exit import config_of_first_layers, divide_by_temperature, in_one_type
 
 logger = logging.get_logger(__name__)
 
@@ -334,6 +335,28 @@ class CascadeForSequenceClassification(SavesWhole, PredictsDatasets, DecidesRowB
         leaving.answer(last, self._member_answer(last, leaving.inputs))
         return None
 
+    @torch.no_grad()
+    def to_stock(self, exit_at: int) -> PreTrainedModel:
+        """A copy of the member of so many layers, with its temperature in its last linear layer.
+
+        Args:
+            exit_at (`int`): Its layers, one of `exit_layers`; of two members alike, the first.
+
+        Raises:
+            ValueError: No such member, or one of an architecture whose last linear layer is not known.
+        """
+        index = self._exit_index(exit_at)
+        member = copy.deepcopy(cast(PreTrainedModel, self.members[index]))
+        architecture = ARCHITECTURES.get(member.config.model_type)
+        if self.config.exit_temperatures is not None and architecture is None:
+            raise ValueError(
+                f"the temperature of members[{index}] cannot be made part of a {type(member).__name__}, whose last "
+                "linear layer is not known. Set model.config.exit_temperatures = None first."
+            )
+        if architecture is not None:
+            divide_by_temperature(member.get_submodule(cast(str, architecture.head.classifier)), self.config, index)
+        return member.eval()
+
     def _announce_backbone(self) -> None:
         """Nothing: a cascade has no one backbone."""
 
@@ -357,14 +380,7 @@ def _arguments(member: PreTrainedModel, inputs: BackboneInputs) -> dict[str, Any
 def _new_member(config: PreTrainedConfig, attention: str | None) -> PreTrainedModel:
     config._attn_implementation = attention
     model_class: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
-    return _in_one_type(model_class(config), torch.get_default_dtype())
-
-
-def _in_one_type(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Some of DeBERTa's weights are made as float32, whatever the type of the model."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return model
+    return in_one_type(model_class(config), torch.get_default_dtype())
 
 
 def _member_config(member: Any, position: int) -> PreTrainedConfig:
@@ -397,16 +413,12 @@ def _pop_fields(cls: Any, given: dict[str, Any]) -> dict[str, Any]:
 
 def _first_layers(stock: PreTrainedModel, depth: int, new: set[str]) -> PreTrainedModel:
     """A model of the first layers of another, with its trained weights; the weights named in `new` start anew."""
-    config = copy.deepcopy(stock.config)
-    config.num_hidden_layers = depth
-    if getattr(config, "layer_types", None) is not None:
-        config.layer_types = config.layer_types[:depth]
-    member = type(stock)._from_config(config, dtype=stock.dtype)
+    member = type(stock)._from_config(config_of_first_layers(stock.config, depth), dtype=stock.dtype)
     # Layers are numbered from the first on, so that those of the smaller model have the same names in both.
     names = member.state_dict().keys()
     weights = {name: tensor for name, tensor in stock.state_dict().items() if name in names and name not in new}
     member.load_state_dict(weights, strict=False)
-    return _in_one_type(member, stock.dtype)
+    return in_one_type(member, stock.dtype)
 
 
 # Checks

@@ -45,13 +45,17 @@ class DecidesRowByRow(ModelBase):
     def _forced_policy(self, thresholds: Any, exit_at: int) -> Policy | None:
         if thresholds is not None:
             raise ValueError(f"give exit_at={exit_at} or exit_thresholds={thresholds}, not both.")
+        index = self._exit_index(exit_at)
+        is_last = index == len(self.config.exit_layers) - 1
+        return None if self.training or is_last else ForcedPolicy(index)
+
+    def _exit_index(self, exit_at: int) -> int:
+        """Place in `exit_layers` of the exit after so many layers; a `ValueError` if there is none."""
         if isinstance(exit_at, bool) or exit_at not in self.config.exit_layers:
             raise ValueError(
                 f"exit_at must be one of exit_layers={self.config.exit_layers} (layers run), got {exit_at!r}."
             )
-        index = self.config.exit_layers.index(exit_at)
-        is_last = index == len(self.config.exit_layers) - 1
-        return None if self.training or is_last else ForcedPolicy(index)
+        return self.config.exit_layers.index(exit_at)
 
     def _choose_exits(self, answers: Answers, policy: Policy) -> torch.Tensor:
         is_nan = answers.logits[:, :-1].isnan().any(dim=-1)

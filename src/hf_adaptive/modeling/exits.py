@@ -26,6 +26,7 @@ from .outputs import SequenceClassifierWithExitsOutput
 from .prediction import PredictsDatasets
 from .routing import gradient_share, pass_gradient
 from .saving import SavesWhole
+from .stock_exit import GivesStockClassifiers
 
 logger = logging.get_logger(__name__)
 
@@ -33,7 +34,7 @@ logger = logging.get_logger(__name__)
 NOT_GATHERED = ("exit_logits", "exit_index", "exit_certainty", "hidden_states", "attentions")
 
 
-class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, PredictsDatasets, DecidesRowByRow):
+class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, GivesStockClassifiers, PredictsDatasets, DecidesRowByRow):
     """A head after each of `config.exit_layers` of an unmodified backbone.
 
     In training mode every exit is computed, and the loss is the sum of theirs (`exit_loss_weights`), routed by
