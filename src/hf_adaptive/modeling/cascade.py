@@ -301,6 +301,10 @@ class CascadeForSequenceClassification(SavesWhole, PredictsDatasets, DecidesRowB
         """Where rows can wait for others, in members run."""
         return tuple(range(1, len(self.members)))
 
+    @property
+    def _backbone_configs(self) -> list[Any]:
+        return [cast(PreTrainedModel, member).config for member in self.members]
+
     def _run_everything(self, inputs: BackboneInputs, flags: dict[str, bool]) -> tuple[Answers, Any]:
         return Answers.of_every_exit([self._member_answer(index, inputs) for index in range(len(self.members))]), None
 

@@ -1,8 +1,13 @@
 """What a backbone is given, one row an example."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+# Inputs that are looked up in a table, and the configuration's field with its size.
+_TABLES = {"input_ids": "vocab_size", "token_type_ids": "type_vocab_size"}
 
 
 @dataclass
@@ -71,3 +76,10 @@ def positions_of_real_tokens(mask: torch.Tensor) -> torch.Tensor:
     """
     first = (mask != 0).long().argmax(dim=1, keepdim=True)
     return (torch.arange(mask.shape[1], device=mask.device) - first).clamp(min=0)
+
+
+def input_limits(configs: Sequence[Any]) -> dict[str, int]:
+    """How many values there are for each input that all of these backbones look up in a table."""
+    sizes = {name: [getattr(config, field, None) or 0 for config in configs] for name, field in _TABLES.items()}
+    # 0: a backbone without segments.
+    return {name: min(filter(None, counts)) for name, counts in sizes.items() if any(counts)}

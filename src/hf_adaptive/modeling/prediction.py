@@ -17,13 +17,13 @@ from transformers.utils import logging
 from .answers import Answers, ExitAnswer, Leaving
 from .bases import ModelBase
 from .criteria import Policy
-from .inputs import BackboneInputs
+from .examples import INPUT_NAMES, TokenisedExamples, read_examples
+from .inputs import BackboneInputs, input_limits
 from .layers import Progress
 from .local_gradients import is_sharded
 from .outputs import SequenceClassifierWithExitsOutput
 from .processes import Shares
 
-INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 # What starting a batch costs, in tokens that could be run through a layer instead: on CPUs of two cores 18 to 45 were
 # measured with layers of width 384 and 768; a GPU is busy with a thousand while it launches one.
 _TOKENS_PER_START = {"cpu": 28}
@@ -144,13 +144,12 @@ class PredictsDatasets(ModelBase):
         """
         if self.training:
             raise ValueError("predict needs the evaluation mode: call model.eval() first.")
-        if len(examples) == 0:
-            raise ValueError("there are no examples to classify: give at least one.")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         policy = self._policy(exit_thresholds, exit_at)
         is_alone = not split_between_processes or is_sharded(self)
-        batches = LengthSortedBatches(examples, batch_size, self._padding_values(), self.device, is_alone)
+        rows = read_examples(examples, input_limits(self._backbone_configs))
+        batches = LengthSortedBatches(rows, batch_size, self._padding_values(), self.device, is_alone)
         with logging.tqdm(total=len(batches), desc="Classifying", disable=not show_progress) as bar:
             answers = batches.in_order_of_examples(StagedRun(self, batches, policy, bar).run())
         return SequenceClassifierWithExitsOutput(
@@ -163,6 +162,11 @@ class PredictsDatasets(ModelBase):
     def _padding_values(self) -> dict[str, int]:
         return {**dict.fromkeys(INPUT_NAMES, 0), "input_ids": self.config.pad_token_id or 0}
 
+    @property
+    def _backbone_configs(self) -> list[Any]:
+        """Configurations of what reads the inputs."""
+        return [self.config]
+
 
 class LengthSortedBatches:
     """A tokenised data set in batches of similar length, the longest first (so that memory peaks at the start).
@@ -170,7 +174,7 @@ class LengthSortedBatches:
     On several processes, the share of this one. Rows are numbered in the order in which they come.
 
     Args:
-        examples (`Sequence[Mapping]`): Tokenised examples.
+        rows (`TokenisedExamples`): The data.
         batch_size (`int`): Rows of a batch.
         padding (`dict[str, int]`): What each input is padded with.
         device (`torch.device`): Where the batches go.
@@ -179,7 +183,7 @@ class LengthSortedBatches:
 
     def __init__(
         self,
-        examples: Sequence[Mapping[str, Any]],
+        rows: TokenisedExamples,
         batch_size: int,
         padding: dict[str, int],
         device: torch.device,
@@ -188,12 +192,9 @@ class LengthSortedBatches:
         self.batch_size = batch_size
         self.padding = padding
         self.device = device
-        self.columns = _columns(examples)
-        self.spans = [_real_span(mask) for mask in self.columns["attention_mask"]]
-        self.lengths = torch.tensor([stop - start for start, stop in self.spans])
-        self.is_whole = torch.tensor(
-            [0 not in mask[start:stop] for mask, (start, stop) in zip(self.columns["attention_mask"], self.spans)]
-        )
+        self.rows = rows
+        self.lengths = torch.from_numpy(rows.lengths)
+        self.is_whole = torch.from_numpy(rows.is_whole)
         self._order = self.lengths.argsort(descending=True, stable=True)
         self._shares = Shares(self.lengths, device, is_alone)
         self._own = self._order[self._shares.own()]
@@ -204,8 +205,8 @@ class LengthSortedBatches:
     def __iter__(self) -> Iterator[tuple[torch.Tensor, BackboneInputs]]:
         every_place = torch.arange(len(self))
         for places in every_place.split(self.sizes(every_place)):
-            examples = self._own[places].tolist()
-            tensors = {name: self._batch(name, examples) for name in self.columns}
+            examples = self._own[places].numpy()
+            tensors = {name: self._batch(name, examples) for name in self.rows.names}
             yield places, self.as_inputs(places, tensors)
 
     def sizes(self, places: torch.Tensor) -> list[int]:
@@ -232,11 +233,8 @@ class LengthSortedBatches:
     def _in_order(self, values: torch.Tensor) -> torch.Tensor:
         return self._shares.join(values)[self._order.argsort()]
 
-    def _batch(self, name: str, examples: list[int]) -> torch.Tensor:
-        rows = [self.columns[name][example][slice(*self.spans[example])] for example in examples]
-        length = max(len(row) for row in rows)
-        padded = [[*row, *[self.padding[name]] * (length - len(row))] for row in rows]
-        return torch.tensor(padded, device=self.device)
+    def _batch(self, name: str, examples: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(self.rows.batch(name, examples, self.padding[name])).to(self.device)
 
 
 def cheapest_sizes(lengths: list[int], limit: int, overhead: int) -> list[int]:
@@ -263,34 +261,6 @@ def cheapest_sizes(lengths: list[int], limit: int, overhead: int) -> list[int]:
         sizes.append(int(size[start]))
         start += sizes[-1]
     return sizes
-
-
-def _columns(examples: Sequence[Mapping[str, Any]]) -> dict[str, list[list[int]]]:
-    names = [name for name in INPUT_NAMES if name in examples[0]]
-    if "input_ids" not in names:
-        raise ValueError(
-            f"examples must be tokenised: they have {sorted(examples[0])}, but no input_ids. Run the tokenizer first."
-        )
-    columns: dict[str, list[list[int]]] = {name: [] for name in names}
-    for row, example in enumerate(examples):
-        if [name for name in INPUT_NAMES if name in example] != names:
-            raise ValueError(
-                f"examples must have the same inputs: the first has {names}, but number {row} has {sorted(example)}. "
-                "Tokenise all of them alike."
-            )
-        for name in names:
-            values = example[name]
-            columns[name].append(values.tolist() if isinstance(values, torch.Tensor) else list(values))
-    if "attention_mask" not in columns:
-        columns["attention_mask"] = [[1] * len(row) for row in columns["input_ids"]]
-    return columns
-
-
-def _real_span(mask: list[int]) -> tuple[int, int]:
-    """First real position, and one past the last; a row without any is kept whole."""
-    if 1 not in mask:
-        return 0, len(mask)
-    return mask.index(1), len(mask) - mask[::-1].index(1)
 
 
 class StagedRun:
