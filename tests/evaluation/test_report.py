@@ -1,11 +1,13 @@
 """What each exit is worth: the report, its files, and bad calls."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from transformers import BertForSequenceClassification
 
 from hf_adaptive import ExitReport, evaluate_exits
 from tests import tiny
@@ -53,10 +55,53 @@ def test_every_point_of_the_curve_is_a_real_early_exit_run(model, report):
         assert point.accuracy == pytest.approx((answers == labels).mean())
         assert point.cost == pytest.approx(np.array(model.config.exit_costs)[taken].mean())
         assert point.exit_distribution == pytest.approx(np.bincount(taken, minlength=3) / len(taken))
-        assert point.seconds > 0
         costs.add(point.cost)
     assert len(costs) > 1
-    assert report.full_seconds > 0
+
+
+def test_a_few_points_from_the_cheapest_to_the_dearest_are_timed(report):
+    timed = [point for point in report.curve if point.seconds is not None]
+    costs = {point.cost for point in report.curve}
+    assert 1 < len(timed) <= 5
+    assert {min(costs), max(costs)} <= {point.cost for point in timed}
+    for point in timed:
+        least, largest = point.speed_range
+        assert 0 < least <= largest
+        assert report.speed(point) > 0
+
+
+def test_the_stored_thresholds_and_a_plain_model_stand_beside_the_curve(tmp_path):
+    model = tiny.model("bert", exit_thresholds=[0.4, 0.4])
+    torch.manual_seed(0)
+    plain = BertForSequenceClassification(model.config.to_plain()).eval()
+    report = evaluate_exits(model, dataset(), batch_size=4, show_progress=False, plain=plain)
+    with torch.no_grad():
+        answers = [plain(torch.tensor([row])).logits.argmax().item() for row in dataset()["input_ids"]]
+    assert report.plain.accuracy == np.mean(np.array(answers) == np.array(dataset()["label"]))
+    assert report.plain.seconds > 0
+    outputs = run_alone(model)
+    cost = np.mean([model.config.exit_costs[out.exit_index.item()] for out in outputs])
+    assert report.chosen.threshold == [0.4, 0.4]
+    assert report.chosen.cost == pytest.approx(cost)
+    assert report.chosen.seconds > 0
+    report.to_json(tmp_path / "report.json")
+    assert ExitReport.from_json(tmp_path / "report.json") == report
+    report.plot(tmp_path / "exits.svg")
+    assert "model without exits" in (tmp_path / "exits.svg").read_text()
+
+
+def test_intervals_of_an_accuracy_hold_it_and_narrow_with_the_examples(report):
+    low, high = report.interval(0.75)
+    assert 0 < low < 0.75 < high < 1
+    wider = dataclasses.replace(report, num_examples=4 * report.num_examples).interval(0.75)
+    assert low < wider[0] < wider[1] < high
+    assert dataclasses.replace(report, metric_name="f1").interval(0.75) is None
+
+
+def test_a_plain_model_in_training_mode_is_refused(model):
+    plain = BertForSequenceClassification(tiny.model("bert").config.to_plain()).train()
+    with pytest.raises(ValueError, match=r"call plain.eval\(\) first"):
+        evaluate_exits(model, dataset(), timed_examples=0, show_progress=False, plain=plain)
 
 
 def test_files(report, tmp_path):

@@ -6,7 +6,8 @@ import re
 import pytest
 from huggingface_hub import ModelCard
 
-from hf_adaptive.evaluation import CurvePoint, ExitReport
+import hf_adaptive
+from hf_adaptive.evaluation import CurvePoint, ExitReport, PlainModel
 from hf_adaptive.hub import model_card, write_model_card
 from tests import tiny
 
@@ -17,7 +18,7 @@ REPORT = ExitReport(
     metric_name="accuracy",
     curve=[
         CurvePoint(0.5, 0.25, 0.71, [1.0, 0.0, 0.0], seconds=0.25),
-        CurvePoint(0.9, 0.4321, 0.8377, [0.5, 0.3, 0.2], seconds=0.5),
+        CurvePoint(0.95, 0.6, 0.8401, [0.2, 0.3, 0.5]),
     ],
     num_examples=872,
     criterion="confidence",
@@ -25,6 +26,7 @@ REPORT = ExitReport(
     timed_examples=512,
     batch_size=32,
     device="cpu",
+    chosen=CurvePoint([0.9, 0.9], 0.4321, 0.8377, [0.5, 0.3, 0.2], seconds=0.5),
 )
 
 
@@ -57,8 +59,9 @@ def test_states_origin_exits_numbers_and_how_to_load(model):
         "| layers run | cost | accuracy | threshold | temperature |",
         "| 1 | 0.25 | 0.7100 | 0.9 | 1.5 |",
         "| 4 | 1.00 | 0.8412 | – | 1 |",
-        "| 0.5 | 0.25 | 0.7100 | 0.250 | 4.00 | 100 / 0 / 0 |",
-        "1.000 seconds",
+        "| 0.5 | 0.25 | 0.7100 | 4.00 | 100 / 0 / 0 |",
+        "| 0.95 | 0.60 | 0.8401 | – | 20 / 30 / 50 |",
+        "which took 1 seconds",
         "![accuracy over cost and over measured speed](exits.png)",
         'from_pretrained("me/sst2-exits", trust_remote_code=True)',
         "is the fraction of the layers that are run",
@@ -70,12 +73,59 @@ def test_states_origin_exits_numbers_and_how_to_load(model):
 
 def test_the_stored_operating_point_stands_out(model, tmp_path):
     card = model_card(model, REPORT)
-    assert "| **0.9** | **0.43** | **0.8377** | **0.500** | **2.00** | **50 / 30 / 20** |" in str(card)
-    assert "**0.5**" not in str(card)
+    assert "| **chosen** | **0.43** | **0.8377** | **2.00** | **50 / 30 / 20** |" in str(card)
     names = {result.metric_name: result.metric_value for result in saved_and_loaded(card, tmp_path).eval_results}
     assert names["accuracy with the stored thresholds (cost 0.43)"] == 0.8377
     model.config.exit_thresholds = [0.9, None]
-    assert "**0.9**" not in str(model_card(model, REPORT))
+    assert "**chosen**" not in str(model_card(model, REPORT))
+
+
+def test_at_most_a_dozen_rows_of_thresholds_spread_by_cost(model):
+    points = [CurvePoint(step / 100, 0.25 + 0.7 * step / 100, 0.8, [0.5, 0.3, 0.2]) for step in range(100)]
+    text = str(model_card(model, dataclasses.replace(REPORT, curve=points)))
+    rows = re.findall(r"^\| .* \| (?:\*\*)?(0\.\d\d)(?:\*\*)? \| .* / .* / .* \|$", text, re.MULTILINE)
+    assert len(rows) == 12
+    assert rows == sorted(rows)
+    assert rows[0] == "0.25"
+    assert rows[-1] == "0.94"
+
+
+def test_the_promise_stands_in_the_card_until_thresholds_change(model):
+    record = {
+        "wish": {"name": "max_accuracy_drop", "bound": 0.005},
+        "guarantee": {"confidence": 0.95, "p_value": 0.04, "test": "exact unconditional", "num_testing": 2000},
+        "measured": {"mean_cost": 0.41, "disagreement": 0.032, "accuracy_drop": 0.001, "exit_shares": [0.5, 0.3, 0.2]},
+        "num_examples": 3000,
+        "thresholds": model.config.exit_thresholds,
+        "temperatures": model.config.exit_temperatures,
+    }
+    model.config.exit_calibration = record
+    text = str(model_card(model))
+    for part in (
+        "at most 0.5 points of accuracy lost",
+        "confidence **0.95**",
+        "on 2000 of 3000",
+        "3.2% other answers",
+    ):
+        assert part in text
+    model.config.exit_calibration = {**record, "guarantee": None}
+    assert "without a promise about new data" in str(model_card(model))
+    model.config.exit_thresholds = [0.8, 0.8]
+    assert "The promise" not in str(model_card(model))
+
+
+def test_says_how_it_was_made_and_offers_texts_to_try(model, tmp_path):
+    card = model_card(model, training={"learning_rate": 2e-4, "seed": 42}, widget=["A masterpiece.", "Far too: long"])
+    assert "| learning_rate | 0.0002 |" in str(card)
+    assert f"| hf_adaptive | {hf_adaptive.__version__} |" in str(card)
+    assert saved_and_loaded(card, tmp_path).widget == [{"text": "A masterpiece."}, {"text": "Far too: long"}]
+
+
+def test_the_plain_model_stands_beside_it(model):
+    report = dataclasses.replace(REPORT, plain=PlainModel(0.8531, seconds=0.8))
+    assert "A plain model without exits has accuracy 0.8531 and was 1.25 times as fast." in str(
+        model_card(model, report)
+    )
 
 
 def test_metadata_is_read_back_by_the_hub_library(model, tmp_path):
@@ -135,7 +185,9 @@ def test_without_a_report_there_are_no_numbers(model):
 
 def test_without_measured_time_or_plot_there_are_no_columns_for_them(model):
     untimed = dataclasses.replace(
-        REPORT, full_seconds=None, curve=[dataclasses.replace(point, seconds=None) for point in REPORT.curve]
+        REPORT,
+        full_seconds=None,
+        curve=[dataclasses.replace(point, seconds=None) for point in REPORT.curve],
     )
     text = str(model_card(model, untimed, plot_file=None))
     assert "| 0.5 | 0.25 | 0.7100 | 100 / 0 / 0 |" in text

@@ -1,5 +1,5 @@
 """What a model is worth: reports, curves, metrics and plots."""
 
-from .report import CurvePoint, ExitReport, evaluate_exits
+from .report import CurvePoint, ExitReport, PlainModel, evaluate_exits
 
-__all__ = ["CurvePoint", "ExitReport", "evaluate_exits"]
+__all__ = ["CurvePoint", "ExitReport", "PlainModel", "evaluate_exits"]

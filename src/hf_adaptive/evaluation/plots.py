@@ -1,56 +1,137 @@
-"""Pictures of a report."""
+"""The picture of a trade-off between accuracy and what it costs."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from .report import ExitReport
+CURVE, EXITS, CHOSEN, PLAIN, FULL = "#0b6e99", "#d9730d", "#b3261e", "#2f7d4f", "#6b6b6b"
+Range = tuple[float, float]
 
-CURVE, EXITS, FULL = "#0b6e99", "#d9730d", "#6b6b6b"
+
+@dataclass(frozen=True)
+class Mark:
+    """One point of a picture.
+
+    Args:
+        x (`float`): Cost, or times as fast.
+        score (`float`): Of the answers given.
+        x_range (`tuple[float, float]`, *optional*): Least and largest `x` that was measured.
+        score_range (`tuple[float, float]`, *optional*): Interval of the score.
+        label (`str`): Written beside it.
+    """
+
+    x: float
+    score: float
+    x_range: Range | None = None
+    score_range: Range | None = None
+    label: str = ""
 
 
-def plot_report(report: "ExitReport", path: str) -> None:
-    """Accuracy over cost and, where time was measured, over speed; written to `path`."""
+@dataclass(frozen=True)
+class Panel:
+    """One half of a picture.
+
+    Args:
+        x_label (`str`): What is to the right.
+        title (`str`): What was measured.
+        points (`Sequence[Mark]`): One for each setting of the thresholds.
+        exits (`Sequence[Mark]`): Every row answered by one exit.
+        chosen (`Mark`, *optional*): The stored thresholds.
+        plain (`Mark`, *optional*): A model without exits.
+        joined (`bool`): Whether the points are joined by a line: where each follows from the one before it, and not
+            where noise of a measurement would make it jump.
+    """
+
+    x_label: str
+    title: str
+    points: Sequence[Mark] = ()
+    exits: Sequence[Mark] = ()
+    chosen: Mark | None = None
+    plain: Mark | None = None
+    joined: bool = True
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Panels beside each other that share the score's axis.
+
+    Args:
+        panels (`Sequence[Panel]`): From left to right.
+        score_name (`str`): What is up.
+        criterion (`str`): What is compared with the thresholds.
+        full_score (`float`): Of running everything, drawn as a line.
+        interval (`str`): What the bars mean; empty if there are none.
+    """
+
+    panels: Sequence[Panel]
+    score_name: str
+    criterion: str
+    full_score: float
+    interval: str = ""
+
+
+def draw(picture: Picture, path: str) -> None:
+    """Writes a picture to `path`; the ending says which kind."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    timed = report.full_seconds is not None and report.curve
-    with matplotlib.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(11 if timed else 6, 4.7), layout="constrained")
+    style: Any = {"font.size": 12, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
+    with matplotlib.rc_context({**style, "grid.color": "#e4e4e4", "grid.linewidth": 0.8}):
+        figure = Figure(figsize=(6.2 * len(picture.panels), 5.2), layout="constrained")
         FigureCanvasAgg(figure)
-        axes = figure.subplots(1, 2 if timed else 1, sharey=True, squeeze=False)[0]
-        _plot_over_cost(report, axes[0])
-        if timed:
-            _plot_over_speed(report, axes[1])
-        for panel in axes:
-            panel.margins(y=0.12)  # the labels of the exits stand below them
+        axes = figure.subplots(1, len(picture.panels), sharey=True, squeeze=False)[0]
+        for panel, area in zip(picture.panels, axes):
+            _draw_panel(panel, picture, area)
+        axes[0].set_ylabel(picture.score_name)
+        figure.legend(*_legend(axes), loc="outside lower center", ncols=3, frameon=False)
         figure.savefig(path, dpi=130)
 
 
-def _plot_over_cost(report: "ExitReport", axes: "Axes") -> None:
-    points = sorted(report.curve, key=lambda point: point.cost)
+def _draw_panel(panel: Panel, picture: Picture, area: "Axes") -> None:
+    area.axhline(picture.full_score, color=FULL, linewidth=1, linestyle=":", label="all layers")
+    points = sorted(panel.points, key=lambda mark: mark.x)
     if points:
-        costs, scores = [point.cost for point in points], [point.accuracy for point in points]
-        axes.plot(costs, scores, "-o", color=CURVE, markersize=4, label=f"by {report.criterion}")
-    axes.plot(report.costs, report.accuracy, "D", color=EXITS, markersize=7, label="one exit for all")
-    for layer, cost, score in zip(report.exit_layers, report.costs, report.accuracy):
-        axes.annotate(f"layer {layer}", (cost, score), (5, -13), textcoords="offset points", color=EXITS, fontsize=9)
-    axes.axhline(report.accuracy[-1], color=FULL, linewidth=1, linestyle=":", label="all layers")
-    axes.set_xlabel("cost: fraction of the layers run")
-    axes.set_ylabel(report.metric_name)
-    axes.set_xlim(0, 1.08)
-    axes.set_title(f"{report.num_examples} examples")
-    # Below, where no data is.
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
+        area.plot(
+            [mark.x for mark in points],
+            [mark.score for mark in points],
+            "-o" if panel.joined else "o",
+            color=CURVE,
+            markersize=4,
+            label=f"by {picture.criterion}",
+        )
+    if not panel.joined:
+        for mark in points:
+            _draw_ranges(mark, CURVE, area)
+    for mark in panel.exits:
+        area.plot(mark.x, mark.score, "D", color=EXITS, markersize=7, label="one exit for all")
+        area.annotate(mark.label, (mark.x, mark.score), (6, -14), textcoords="offset points", color=EXITS, fontsize=10)
+    _draw_special(panel.plain, "s", PLAIN, "model without exits", area)
+    _draw_special(panel.chosen, "*", CHOSEN, f"chosen{picture.interval}", area)
+    area.set_xlabel(panel.x_label)
+    area.set_title(panel.title, fontsize=11)
+    area.margins(x=0.08, y=0.14)
 
 
-def _plot_over_speed(report: "ExitReport", axes: "Axes") -> None:
-    timed = sorted((report.speed(point), point.accuracy) for point in report.curve)
-    axes.plot([speed for speed, _ in timed], [score for _, score in timed], "-o", color=CURVE, markersize=4)
-    axes.axhline(report.accuracy[-1], color=FULL, linewidth=1, linestyle=":")
-    axes.axvline(1, color=FULL, linewidth=1, linestyle=":")
-    axes.set_xlabel("measured speed: times as fast as all layers")
-    axes.set_title(f"timed on {report.timed_examples} of them, {report.device}, batches of {report.batch_size}")
+def _draw_special(mark: Mark | None, shape: str, colour: str, label: str, area: "Axes") -> None:
+    if mark is None:
+        return
+    _draw_ranges(mark, colour, area)
+    area.plot(mark.x, mark.score, shape, color=colour, markersize=15 if shape == "*" else 8, label=label, zorder=5)
+
+
+def _draw_ranges(mark: Mark, colour: str, area: "Axes") -> None:
+    if mark.score_range is not None:
+        area.vlines(mark.x, *mark.score_range, color=colour, linewidth=1.4, alpha=0.7)
+    if mark.x_range is not None:
+        area.hlines(mark.score, *mark.x_range, color=colour, linewidth=1.4, alpha=0.7)
+
+
+def _legend(axes: Sequence["Axes"]) -> tuple[list, list[str]]:
+    """Every label once, whichever panel it is in."""
+    found = {label: handle for area in axes for handle, label in zip(*area.get_legend_handles_labels(), strict=True)}
+    return list(found.values()), list(found)

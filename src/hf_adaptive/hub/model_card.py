@@ -2,8 +2,8 @@
 
 import math
 import os
-from collections.abc import Sequence
-from importlib import resources
+from collections.abc import Mapping, Sequence
+from importlib import metadata, resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -11,8 +11,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers.utils import logging
 
+from ..evaluation.report import spread_by_cost
 from ..files import write_whole
 from ..modeling.criteria import CRITERIA
+from ..version import __version__
 from .authorship import BLANK_SEAL, is_nobodys, sealed
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ logger = logging.get_logger(__name__)
 
 CARD_FILE = "README.md"
 PLOT_FILE = "exits.png"
+_ROWS = 12
 
 
 def model_card(
@@ -35,6 +38,8 @@ def model_card(
     license: str | None = None,
     tags: list[str] | None = None,
     plot_file: str | None = PLOT_FILE,
+    widget: Sequence[str] | None = None,
+    training: Mapping[str, Any] | None = None,
 ) -> ModelCard:
     """A card that says where the model comes from, what its exits are worth, and how to load it.
 
@@ -47,6 +52,8 @@ def model_card(
         dataset_name (`str`, *optional*): What it was trained and evaluated on; shown as `base_model` is.
         language, license, tags (*optional*): As in any card's metadata.
         plot_file (`str`, *optional*): The picture beside the card that `report.plot` drew; None for none.
+        widget (`Sequence[str]`, *optional*): Texts to try on the model's page.
+        training (`Mapping`, *optional*): How to reproduce the model: names of settings and their values.
 
     Returns:
         `ModelCard`: With metadata that the Hub accepts (`model-index` where there is a report).
@@ -58,10 +65,9 @@ def model_card(
     _check_report(config, report)
     base_model = base_model or config._name_or_path or None
     base_model = None if base_model == repo_id else base_model
-    stored = _stored_threshold(config, report)
     template = resources.files(__package__).joinpath("card_template.md").read_text(encoding="utf-8")
     card = ModelCard.from_template(
-        _metadata(config, report, repo_id, base_model, dataset_name, language, license, tags),
+        _metadata(config, report, repo_id, base_model, dataset_name, language, license, tags, widget),
         template_str=template,
         seal=BLANK_SEAL,
         model_name=_last_part(repo_id),
@@ -70,10 +76,12 @@ def model_card(
         dataset=_shown(dataset_name, "https://huggingface.co/datasets"),
         facts=_facts(config),
         exit_table=_exit_table(config, report),
-        curve_table=_curve_table(report, stored) if report is not None and report.curve else None,
+        curve_table=_curve_table(config, report) if report is not None and report.curve else None,
         plot_file=plot_file,
         report=report,
-        stored_threshold=stored,
+        chosen=_chosen(config, report),
+        promise=_promise(config),
+        reproduction=_reproduction(training),
         **_words(config),
     )
     return sealed(card)
@@ -124,6 +132,7 @@ def _metadata(
     language: str | list[str] | None,
     license: str | None,
     tags: list[str] | None,
+    widget: Sequence[str] | None,
 ) -> ModelCardData:
     results = _eval_results(config, report, dataset_name) if report is not None else None
     return ModelCardData(
@@ -137,7 +146,12 @@ def _metadata(
         metrics=[report.metric_name] if report is not None else None,
         model_name=_last_part(repo_id) if results else None,
         eval_results=results or None,
+        **_widget(widget),
     )
+
+
+def _widget(texts: Sequence[str] | None) -> dict[str, Any]:
+    return {} if texts is None else {"widget": [{"text": text} for text in texts]}
 
 
 def _own_tags(config: Any) -> list[str]:
@@ -151,15 +165,13 @@ def _own_tags(config: Any) -> list[str]:
 def _eval_results(config: Any, report: "ExitReport", dataset_name: str | None) -> list[EvalResult]:
     """One result with a score for every exit, and one for the stored thresholds if they are on the curve."""
     scores = [
-        (f"{report.metric_name} after layer {layer} (cost {cost:.2f})", score)
+        (f"{report.metric_name} after layer {layer} (cost {cost:.2f})", round(score, 4))
         for layer, cost, score in zip(report.exit_layers, report.costs, report.accuracy)
     ]
-    threshold = _stored_threshold(config, report)
-    scores += [
-        (f"{report.metric_name} with the stored thresholds (cost {point.cost:.2f})", point.accuracy)
-        for point in report.curve
-        if point.threshold == threshold
-    ]
+    chosen = _chosen(config, report)
+    if chosen is not None:
+        name = f"{report.metric_name} with the stored thresholds (cost {chosen.cost:.2f})"
+        scores.append((name, round(chosen.accuracy, 4)))
     return [
         EvalResult(
             task_type="text-classification",
@@ -176,12 +188,11 @@ def _eval_results(config: Any, report: "ExitReport", dataset_name: str | None) -
     ]
 
 
-def _stored_threshold(config: Any, report: "ExitReport | None") -> float | None:
-    """The threshold that the configuration stores for every exit, if it is one of the curve's."""
-    if report is None or report.criterion != config.exit_criterion or not config.exit_thresholds:
+def _chosen(config: Any, report: "ExitReport | None") -> "CurvePoint | None":
+    """What was measured at the thresholds that the configuration stores."""
+    if report is None or report.chosen is None or report.criterion != config.exit_criterion:
         return None
-    stored = set(config.exit_thresholds)
-    return next((point.threshold for point in report.curve if stored == {point.threshold}), None)
+    return report.chosen if report.chosen.threshold == config.exit_thresholds else None
 
 
 # Names
@@ -220,6 +231,7 @@ def _words(config: Any) -> dict[str, Any]:
         "routing": values.get("exit_routing"),
         "has_constant_heads": bool(values.get("constant_heads")),
         "first_exit": config.exit_layers[0],
+        "last_exit": config.exit_layers[-1],
         "criterion": config.exit_criterion,
         "leaves_above": criterion.leaves_above,
         "threshold_range": criterion.threshold_range,
@@ -265,21 +277,69 @@ def _exit_table(config: Any, report: "ExitReport | None") -> str:
     return _table(tuple(columns), list(zip(*columns.values())))
 
 
-def _curve_table(report: "ExitReport", stored: float | None) -> str:
+def _curve_table(config: Any, report: "ExitReport") -> str:
     header = ["threshold", "cost", report.metric_name]
     if report.full_seconds:
-        header += ["seconds", "times as fast"]
+        header += ["times as fast"]
     layers = " / ".join(map(str, report.exit_layers))
-    rows = [_curve_row(report, point, point.threshold == stored) for point in report.curve]
-    return _table((*header, f"% leaving after {layers}"), rows)
+    return _table((*header, f"% leaving after {layers}"), _curve_rows(report, _chosen(config, report)))
 
 
-def _curve_row(report: "ExitReport", point: "CurvePoint", is_stored: bool) -> tuple[str, ...]:
-    cells = [f"{point.threshold:.4g}", f"{point.cost:.2f}", f"{point.accuracy:.4f}"]
+def _curve_rows(report: "ExitReport", chosen: "CurvePoint | None") -> list[tuple[str, ...]]:
+    """A dozen rows from the cheapest point to the dearest, the chosen one in bold among them."""
+    timed = [point for point in report.curve if point.seconds is not None]
+    others = spread_by_cost([*timed, *report.curve], _ROWS - (chosen is not None))
+    rows = [(point.cost, _curve_row(report, point, False)) for point in others]
+    if chosen is not None:
+        rows.append((chosen.cost, _curve_row(report, chosen, True)))
+    return [cells for _, cells in sorted(rows)]
+
+
+def _curve_row(report: "ExitReport", point: "CurvePoint", is_chosen: bool) -> tuple[str, ...]:
+    threshold = "chosen" if isinstance(point.threshold, list) else f"{point.threshold:.4g}"
+    cells = [threshold, f"{point.cost:.2f}", f"{point.accuracy:.4f}"]
     if report.full_seconds:
-        cells += [f"{point.seconds:.3f}", f"{report.speed(point):.2f}"]
+        cells.append("–" if point.seconds is None else f"{report.speed(point):.2f}")
     cells.append(" / ".join(f"{100 * share:.0f}" for share in point.exit_distribution))
-    return tuple(f"**{cell}**" if is_stored else cell for cell in cells)
+    return tuple(f"**{cell}**" if is_chosen else cell for cell in cells)
+
+
+def _promise(config: Any) -> str | None:
+    """What calibration was asked for, promised and saw, in sentences."""
+    record = config.calibration_in_force
+    if record is None:
+        return None
+    measured, guarantee, count = record["measured"], record["guarantee"], record["num_examples"]
+    text = [f"The thresholds were asked for **{_wish_in_words(record['wish'])}**."]
+    if guarantee is None:
+        text.append(
+            f"They were chosen on {record['num_examples']} held-out examples, without a promise about new data."
+        )
+    else:
+        text.append(
+            f"On new data like the calibration data this holds with confidence **{guarantee['confidence']:g}** "
+            f"({guarantee['test']} test on {guarantee['num_testing']} of {count} held-out examples)."
+        )
+    lost = "" if measured["accuracy_drop"] is None else f" and {100 * measured['accuracy_drop']:.1f} points lost"
+    text.append(f"There the cost was {measured['mean_cost']:.2f}, with {measured['disagreement']:.1%} other answers")
+    return " ".join(text) + f"{lost}."
+
+
+def _wish_in_words(wish: Mapping[str, Any]) -> str:
+    bound = 100 * wish["bound"]
+    words = {
+        "target_cost": f"the best accuracy at {bound:.3g} % of the layers",
+        "max_accuracy_drop": f"at most {bound:.3g} points of accuracy lost against the last exit",
+        "max_disagreement": f"at most {bound:.3g} % answers other than the last exit's",
+    }
+    return words.get(wish["name"], f"{wish['name']}={wish['bound']:g}")
+
+
+def _reproduction(training: Mapping[str, Any] | None) -> str:
+    versions = {name: metadata.version(name) for name in ("transformers", "torch")}
+    settings = {**(training or {}), **versions, "hf_adaptive": __version__}
+    shown = [(name, f"{value:g}" if isinstance(value, float) else str(value)) for name, value in settings.items()]
+    return _table(("", ""), shown, numbers=False)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = True) -> str:

@@ -20,6 +20,19 @@ logger = logging.get_logger(__name__)
 
 REPORT_FILE = "exit_report.json"
 
+# What a card says of how a model was trained.
+_REPRODUCED = (
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "seed",
+)
+
 
 class ExitsTrainer(Trainer):
     """A `Trainer` that scores every exit at each evaluation, and ends with the speed–accuracy curve and a model card.
@@ -178,6 +191,7 @@ class ExitsTrainer(Trainer):
             license=license,
             tags=[tags] if isinstance(tags, str) else tags,
             plot_file=PLOT_FILE if self.report is not None else None,
+            training={name: getattr(self.args, name) for name in _REPRODUCED},
         )
         write_model_card(card, self._folder)
 
