@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .bases import ConfigBase
 from .constant_attention import check_constant_heads
 from .criteria import CRITERIA
 from .heads import POOLINGS
 from .routing import SHARES
+from .saving import ReadsWhole
 
 
 def default_exit_layers(num_layers: int) -> list[int]:
@@ -19,7 +19,7 @@ def default_exit_layers(num_layers: int) -> list[int]:
 
 
 @dataclass(kw_only=True, repr=False)
-class DecisionsConfigMixin(ConfigBase):
+class DecisionsConfigMixin(ReadsWhole):
     """What classifiers with exits and cascades have in common: when a row is answered, and what is learned.
 
     Args:

@@ -14,6 +14,7 @@ from transformers.initialization import no_init_weights
 
 from .bases import ModelBase
 from .constant_attention import check_constants_loaded, common_length, heads_to_make_constant, install_constant_heads
+from .saving import settle_checkpoint
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _FILE_ARGUMENTS = ("use_safetensors", "variant")
@@ -130,7 +131,8 @@ class LoadsPlainCheckpoints(ModelBase):
 
 
 def checkpoint_model_type(path: str | os.PathLike, **kwargs: Any) -> str | None:
-    """`model_type` in a checkpoint's own configuration file."""
+    """`model_type` in a checkpoint's own configuration file; a save that was interrupted there is settled first."""
+    settle_checkpoint(path, kwargs.get("subfolder"))
     return _config_dict(path, kwargs).get("model_type")
 
 

@@ -31,7 +31,7 @@ from .constant_attention import (
     install_constant_heads,
 )
 from .loading import checkpoint_model_type
-from .saving import SavesWhole
+from .saving import ReadsWhole, SavesWhole
 
 logger = logging.get_logger(__name__)
 
@@ -82,7 +82,7 @@ class AttentionAverages(Protocol):
 
 
 @dataclass(kw_only=True)
-class PapaConfigFields(StockClass):
+class PapaConfigFields(ReadsWhole, StockClass):
     """Configuration fields of every PAPA model, beside those of its architecture.
 
     Args:

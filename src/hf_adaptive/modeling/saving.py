@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from safetensors import SafetensorError
+from transformers.utils import CONFIG_NAME
 
-from .bases import ModelBase
+from .bases import ConfigBase, ModelBase
+from .switch import replaced_files, settle
 
 
 class SavesWhole(ModelBase):
-    """Makes `save_pretrained` write to a folder beside the target first, and move the files when all are there."""
+    """Makes `save_pretrained` write all files before it replaces the first."""
 
     def save_pretrained(
         self,
@@ -26,7 +28,8 @@ class SavesWhole(ModelBase):
     ) -> None:
         """Saves configuration, weights (safetensors) and the code that a machine without this package needs.
 
-        An interrupted or failed save (full disk, no permission) leaves the folder as it was.
+        A save that fails (full disk, no permission) or is interrupted leaves the folder as it was; after a kill the
+        next load, or the next save, makes it so.
 
         Args:
             save_directory (`str` or `os.PathLike`): Folder; made if it does not exist.
@@ -43,11 +46,10 @@ class SavesWhole(ModelBase):
         if not is_main_process:
             super().save_pretrained(target, is_main_process=False, state_dict=state_dict, **kwargs)
             return
-        with _failure_named(target):
-            target.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=target, prefix=".incomplete-") as draft:
-                super().save_pretrained(draft, state_dict=_copied(state_dict), **kwargs)
-                _move_files(Path(draft), target, kwargs.get("variant"))
+        # The configuration decides: it tells at any time which weights the folder will have when all is settled.
+        is_stale = _weights_of(kwargs.get("variant"))
+        with _failure_named(target), replaced_files(target, CONFIG_NAME, is_stale) as new:
+            super().save_pretrained(new, state_dict=_copied(state_dict), **kwargs)
         if push_to_hub:
             # After the move: what cannot be pushed is at least saved.
             kwargs["repo_id"] = kwargs.get("repo_id") or target.name
@@ -70,6 +72,22 @@ class SavesWhole(ModelBase):
             self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **names}
 
 
+class ReadsWhole(ConfigBase):
+    """Makes reading a configuration settle a save that was interrupted in its folder."""
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        settle_checkpoint(pretrained_model_name_or_path, kwargs.get("subfolder"))
+        return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+
+
+def settle_checkpoint(path: str | os.PathLike, subfolder: str | None = None) -> None:
+    """Undoes a save that was interrupted in this folder, or ends it; nothing for a name on the Hub."""
+    settle(Path(path, subfolder or ""))
+
+
 def _copied(state_dict: dict[str, Any] | None) -> dict[str, Any] | None:
     """`save_pretrained` empties the one that it is given."""
     return None if state_dict is None else dict(state_dict)
@@ -86,18 +104,8 @@ def _failure_named(target: Path) -> Iterator[None]:
         raise OSError(error.errno, f"{error.strerror}; could not save, left as it was", str(target)) from error
 
 
-def _move_files(source: Path, target: Path, variant: str | None) -> None:
-    """Moves every file; the configuration last, because a folder without one cannot be loaded by mistake."""
-    names = sorted((path.name for path in source.iterdir()), key=lambda name: name == "config.json")
-    _remove_stale_weights(target, names, variant)
-    for name in names:
-        os.replace(source / name, target / name)
-
-
-def _remove_stale_weights(target: Path, names: list[str], variant: str | None) -> None:
-    """Removes weights of an earlier save that this one does not overwrite: loading would prefer or mix them."""
+def _weights_of(variant: str | None) -> Callable[[str], bool]:
+    """Tells a save's files of weights by their names: loading would prefer or mix those of an earlier one."""
     infix = "" if variant is None else re.escape(f".{variant}")
     ours = re.compile(rf"model{infix}(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index{infix}\.json")
-    for path in target.iterdir():
-        if ours.fullmatch(path.name) and path.name not in names:
-            path.unlink()
+    return lambda name: ours.fullmatch(name) is not None
