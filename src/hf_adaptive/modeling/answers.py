@@ -64,12 +64,12 @@ class Answers:
         return cls(logits, exit_index, certainty)
 
     @classmethod
-    def of_every_exit(cls, answers: list[ExitAnswer]) -> "Answers":
-        """All exits reached, none taken but the last."""
-        logits = torch.stack([answer.logits for answer in answers], dim=1)
-        exit_index = torch.full((len(logits),), len(answers) - 1, dtype=torch.long, device=logits.device)
+    def of_every_exit(cls, answers: list[ExitAnswer], unreached: int = 0) -> "Answers":
+        """All exits reached but the last `unreached`; the last one that was is taken."""
+        logits = _side_by_side([answer.logits for answer in answers], unreached)
+        exit_index = torch.full((logits.shape[0],), len(answers) - 1, dtype=torch.long, device=logits.device)
         certainties = [answer.certainty for answer in answers if answer.certainty is not None]
-        return cls(logits, exit_index, torch.stack(certainties, dim=1) if certainties else None)
+        return cls(logits, exit_index, _side_by_side(certainties, unreached) if certainties else None)
 
     def note(self, rows: torch.Tensor, index: int | slice, answer: ExitAnswer) -> None:
         """Writes down what one exit, or every one, says of some rows."""
@@ -86,7 +86,12 @@ class Answers:
     @property
     def taken(self) -> torch.Tensor:
         """Scores of the exit that each row took, `(rows, labels)`."""
-        return self.logits[torch.arange(len(self.logits), device=self.logits.device), self.exit_index]
+        return self.logits[torch.arange(self.logits.shape[0], device=self.logits.device), self.exit_index]
+
+
+def _side_by_side(values: list[torch.Tensor], unreached: int) -> torch.Tensor:
+    """What the exits said along dimension 1, and NaN for the last ones, which were not reached."""
+    return torch.stack(values + [torch.full_like(values[0], torch.nan)] * unreached, dim=1)
 
 
 def choose_exits(answers: Answers, policy: Policy, config: Any) -> torch.Tensor:

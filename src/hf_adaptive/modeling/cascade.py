@@ -19,7 +19,7 @@ from transformers.utils import can_return_tuple, logging
 from .answers import Answers, ExitAnswer, Leaving
 from .architectures import ARCHITECTURES, Architecture, supported_architecture
 from .configuration import DecisionsConfigMixin, check_exit_layers, refuse_unknown_fields
-from .criteria import CRITERIA, Policy
+from .criteria import CRITERIA
 from .decisions import DecidesRowByRow
 from .inputs import BackboneInputs, positions_of_real_tokens
 from .layers import Progress
@@ -281,7 +281,7 @@ class CascadeForSequenceClassification(SavesWhole, PredictsDatasets, DecidesRowB
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "token_type_ids": token_type_ids,
-            "position_ids": None if position_ids is None else position_ids.expand(len(input_ids), -1),
+            "position_ids": None if position_ids is None else position_ids.expand(input_ids.shape[0], -1),
         }
         inputs = BackboneInputs({name: t for name, t in named.items() if t is not None}, attention_mask)
         policy = self._policy(exit_thresholds, exit_at)
@@ -318,13 +318,10 @@ class CascadeForSequenceClassification(SavesWhole, PredictsDatasets, DecidesRowB
             logits = logits / self.config.exit_temperatures[index]
         return ExitAnswer(logits)
 
-    def _leave_early(self, inputs: BackboneInputs, policy: Policy) -> Answers:
-        leaving = Leaving(self.config, policy, inputs)
-        progress = self._run_until_rows_leave(leaving)
-        while progress is not None:
-            leaving.shrink(None)
-            progress = self._run_until_rows_leave(leaving, progress)
-        return cast(Answers, leaving.answers)
+    def _run_until(self, inputs: BackboneInputs, index: int) -> Answers:
+        """Runs the members up to one, which answers all rows."""
+        answers = [self._member_answer(position, inputs) for position in range(index + 1)]
+        return Answers.of_every_exit(answers, unreached=len(self.members) - len(answers))
 
     def _run_until_rows_leave(self, leaving: Leaving, progress: Progress | None = None) -> Progress | None:
         """Runs members until a row is answered; None if no row is left or the last member was run."""

@@ -223,7 +223,7 @@ class ThresholdPolicy:
         """Which rows leave at this exit, `torch.BoolTensor` of shape `(rows,)`."""
         threshold = self.thresholds[exit_index]
         if threshold is None:
-            return torch.zeros(len(evidence.logits), dtype=torch.bool, device=evidence.logits.device)
+            return torch.zeros(evidence.logits.shape[0], dtype=torch.bool, device=evidence.logits.device)
         answer_is_number = ~evidence.logits[:, -1].isnan().any(dim=-1)
         return self.criterion.leaves(self.criterion.signal(evidence), threshold) & answer_is_number
 
@@ -241,7 +241,7 @@ class ForcedPolicy:
     def leaves(self, exit_index: int, evidence: Evidence) -> torch.Tensor:
         """Which rows leave at this exit, `torch.BoolTensor` of shape `(rows,)`."""
         forced = exit_index == self.exit_index
-        return torch.full((len(evidence.logits),), forced, dtype=torch.bool, device=evidence.logits.device)
+        return torch.full((evidence.logits.shape[0],), forced, dtype=torch.bool, device=evidence.logits.device)
 
 
 Policy = ThresholdPolicy | ForcedPolicy

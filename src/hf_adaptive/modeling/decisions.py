@@ -3,11 +3,13 @@
 from typing import Any
 
 import torch
-from transformers.utils import logging
+from transformers.utils import is_torchdynamo_exporting, logging
+from transformers.utils.import_utils import is_jit_tracing, is_tracing
 
-from .answers import Answers, choose_exits, warn_of_nan
+from .answers import Answers, Leaving, choose_exits, warn_of_nan
 from .bases import ModelBase
 from .criteria import CRITERIA, ForcedPolicy, Policy, ThresholdPolicy
+from .inputs import BackboneInputs
 from .losses import answer_loss, exits_loss, problem_type
 
 logger = logging.get_logger(__name__)
@@ -57,13 +59,37 @@ class DecidesRowByRow(ModelBase):
             )
         return self.config.exit_layers.index(exit_at)
 
+    def _leave_early(self, inputs: BackboneInputs, policy: Policy) -> Answers:
+        """Runs rows until they leave; the rows that stay are run on as a smaller, tighter batch."""
+        if isinstance(policy, ForcedPolicy):
+            return self._run_until(inputs, policy.exit_index)
+        _refuse_to_be_traced()
+        leaving = Leaving(self.config, policy, inputs)
+        progress = self._run_until_rows_leave(leaving)
+        while progress is not None:
+            progress.hidden = leaving.shrink(progress.hidden)
+            progress = self._run_until_rows_leave(leaving, progress)
+        assert leaving.answers is not None, "at least one exit has answered"
+        return leaving.answers
+
     def _choose_exits(self, answers: Answers, policy: Policy) -> torch.Tensor:
-        is_nan = answers.logits[:, :-1].isnan().any(dim=-1)
-        for depth, count in zip(self.config.exit_layers, is_nan.sum(dim=0).tolist()):
-            warn_of_nan(depth, count, len(is_nan))
+        if not is_tracing():
+            is_nan = answers.logits[:, :-1].isnan().any(dim=-1)
+            for depth, count in zip(self.config.exit_layers, is_nan.sum(dim=0).tolist()):
+                warn_of_nan(depth, count, len(is_nan))
         return choose_exits(answers, policy, self.config)
 
     def _loss(self, answers: Answers, labels: torch.Tensor, policy: Policy | None) -> torch.Tensor:
         if policy is not None:
             return answer_loss(answers.taken, labels, self.config)
         return exits_loss(answers.logits, answers.certainty, labels, self.config)
+
+
+def _refuse_to_be_traced() -> None:
+    """Raises `ValueError` where what one batch does would be written down as what every batch does."""
+    if is_jit_tracing() or is_torchdynamo_exporting():
+        raise ValueError(
+            "with exit_thresholds each row leaves on its own, but a traced or exported model treats all rows alike. "
+            "Give exit_at=..., or set model.config.exit_thresholds = None and choose among exit_logits; "
+            "hf_adaptive.export_onnx exports a graph for each stage, with which rows leave."
+        )

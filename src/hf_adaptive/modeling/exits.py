@@ -14,7 +14,6 @@ from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .answers import Answers, ExitAnswer, Leaving
 from .constant_attention import initialize_constants, install_constant_heads
-from .criteria import Policy
 from .decisions import DecidesRowByRow
 from .heads import CertaintyUnit, ExitHead
 from .inputs import BackboneInputs, positions_of_real_tokens
@@ -182,10 +181,10 @@ class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, GivesStockClassifiers, Predi
             "inputs_embeds": inputs_embeds,
             "attention_mask": attention_mask,
             "token_type_ids": token_type_ids,
-            "position_ids": None if position_ids is None else position_ids.expand(len(main), -1),
+            "position_ids": None if position_ids is None else position_ids.expand(main.shape[0], -1),
         }
         tensors = {name: tensor for name, tensor in named.items() if tensor is not None}
-        return BackboneInputs(tensors, self._padding_mask(input_ids, attention_mask, len(main)))
+        return BackboneInputs(tensors, self._padding_mask(input_ids, attention_mask, main.shape[0]))
 
     def _padding_mask(
         self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, rows: int
@@ -275,8 +274,12 @@ class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, GivesStockClassifiers, Predi
         at_exit: Callable[[int, torch.Tensor], torch.Tensor],
         flags: dict[str, bool] | None = None,
         progress: Progress | None = None,
+        stop: int | None = None,
     ) -> tuple[Any, Progress]:
-        """Runs the backbone, from `progress` on; outputs are None where `at_exit` paused it."""
+        """Runs the backbone, from `progress` on and up to `stop` layers.
+
+        Outputs are None where it was paused, by `at_exit` or at `stop`, and mean nothing where it was traced to there.
+        """
         run = LayerRun(
             self._layers,
             tuple(self.config.exit_layers[:-1]),
@@ -284,6 +287,7 @@ class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, GivesStockClassifiers, Predi
             shared_gradient=self._shared_gradient,
             may_learn_again=self._may_learn_again,
             progress=progress,
+            stop=stop,
         )
         arguments = {**inputs.tensors, **self.architecture.forward_arguments, **(flags or {})}
         try:
@@ -317,15 +321,16 @@ class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, GivesStockClassifiers, Predi
 
     # Leaving early
 
-    def _leave_early(self, inputs: BackboneInputs, policy: Policy) -> Answers:
-        """Runs rows until they leave; the rows that stay are run on as a smaller, tighter batch."""
-        leaving = Leaving(self.config, policy, inputs)
-        progress = self._run_until_rows_leave(leaving)
-        while progress is not None:
-            progress.hidden = leaving.shrink(cast(torch.Tensor, progress.hidden))
-            progress = self._run_until_rows_leave(leaving, progress)
-        assert leaving.answers is not None, "at least one exit has answered"
-        return leaving.answers
+    def _run_until(self, inputs: BackboneInputs, index: int) -> Answers:
+        """Runs all rows up to one exit, which all of them take."""
+        answers: list[ExitAnswer] = []
+
+        def at_exit(depth: int, hidden: torch.Tensor) -> torch.Tensor:
+            answers.append(self._exit_answer(len(answers), hidden, inputs).to(inputs.device))
+            return hidden
+
+        self._run_layers(inputs, at_exit, stop=self.config.exit_layers[index])
+        return Answers.of_every_exit(answers, unreached=len(self.exits) - len(answers))
 
     def _run_until_rows_leave(self, leaving: Leaving, progress: Progress | None = None) -> Progress | None:
         """Runs a batch to the next exit where a row leaves; None if no row is left or the last layer was run."""

@@ -143,4 +143,4 @@ def pool(hidden: torch.Tensor, pooling: str, mask: torch.Tensor | None) -> torch
     real = (mask != 0).long()
     position = torch.arange(mask.shape[1], device=mask.device)
     index = real.argmax(dim=1) if pooling == "cls" else (real * position).argmax(dim=1)
-    return hidden[torch.arange(len(hidden), device=hidden.device), index.to(hidden.device)]
+    return hidden[torch.arange(hidden.shape[0], device=hidden.device), index.to(hidden.device)]

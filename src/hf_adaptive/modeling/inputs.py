@@ -25,7 +25,7 @@ class BackboneInputs:
     @property
     def rows(self) -> int:
         """Number of examples."""
-        return len(next(iter(self.tensors.values())))
+        return next(iter(self.tensors.values())).shape[0]
 
     @property
     def length(self) -> int:

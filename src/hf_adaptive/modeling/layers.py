@@ -8,15 +8,23 @@ rotary tables come from the backbone's own code, and the layers already run are 
 about which argument of a layer belongs to a row.
 """
 
+import threading
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers.utils.import_utils import is_tracing
 
-_ACTIVE_RUN: ContextVar["LayerRun | None"] = ContextVar("hf_adaptive_layer_run", default=None)
+
+class _Active(threading.local):
+    """The run of each thread. No `ContextVar`: a compiler cannot follow that."""
+
+    run: "LayerRun | None" = None
+
+
+_ACTIVE = _Active()
 
 
 class Pause(Exception):  # noqa: N818 (no error)
@@ -51,6 +59,7 @@ class LayerRun:
         may_learn_again (`Callable[[int, int], bool]`): Whether a module that was first run at one depth may learn at a
             later one; asked where layers share a module (ALBERT).
         progress (`Progress`, *optional*): Where to resume.
+        stop (`int`, *optional*): Depth from which on no layer is run; None to run all of them.
     """
 
     def __init__(
@@ -61,9 +70,11 @@ class LayerRun:
         shared_gradient: Callable[[int, torch.Tensor], torch.Tensor] = lambda depth, tensor: tensor,
         may_learn_again: Callable[[int, int], bool] = lambda first, depth: True,
         progress: Progress | None = None,
+        stop: int | None = None,
     ):
         self.layers = layers
-        self.boundaries = frozenset(boundaries)
+        self.boundaries = frozenset(depth for depth in boundaries if stop is None or depth <= stop)
+        self.stop = stop
         self.at_boundary = at_boundary
         self.shared_gradient = shared_gradient
         self.may_learn_again = may_learn_again
@@ -72,11 +83,11 @@ class LayerRun:
         self.progress = Progress(output_length=self.resumed.output_length)
 
     def __enter__(self) -> "LayerRun":
-        self._token = _ACTIVE_RUN.set(self)
+        self._outer, _ACTIVE.run = _ACTIVE.run, self
         return self
 
     def __exit__(self, *exception: object) -> None:
-        _ACTIVE_RUN.reset(self._token)
+        _ACTIVE.run = self._outer
 
     def call(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs, or skips, the next layer."""
@@ -84,13 +95,14 @@ class LayerRun:
         first = self._first_depths.setdefault(layer, depth)
         hidden = args[0] if args else kwargs["hidden_states"]
         if depth < self.resumed.depth:
-            self.progress.depth += 1
-            return self._as_layer_output(hidden)
+            return self._skipped(hidden)
         if self.resumed.hidden is not None and depth == self.resumed.depth:
             hidden = self.resumed.hidden
         elif depth in self.boundaries:
             self.progress.hidden = hidden
             hidden = self.at_boundary(depth, hidden)
+        if self._is_over(depth):
+            return self._skipped(hidden)
         args, kwargs = self._with_hidden(hidden, args, kwargs, depth)
         learns = torch.is_grad_enabled() and (first == depth or self.may_learn_again(first, depth))
         with torch.set_grad_enabled(learns):
@@ -99,7 +111,21 @@ class LayerRun:
         self.progress.output_length = len(output) if isinstance(output, tuple) else None
         return output
 
-    def _as_layer_output(self, hidden: torch.Tensor) -> Any:
+    def _is_over(self, depth: int) -> bool:
+        """Whether the rest is not run.
+
+        An exception would leave an exporter with half of the backbone's modules on its stack: it is given a rest that
+        does nothing, and drops what nobody reads.
+        """
+        if self.stop is None or depth < self.stop:
+            return False
+        if not is_tracing():
+            raise Pause
+        return depth > 0  # after the first layer it is known what layers return
+
+    def _skipped(self, hidden: torch.Tensor) -> Any:
+        """Hands on what a layer was given, in the form of its output."""
+        self.progress.depth += 1
         length = self.progress.output_length
         return hidden if length is None else (hidden, *[None] * (length - 1))
 
@@ -138,7 +164,7 @@ class LayerList(nn.ModuleList):
     """A backbone's layers; the same modules under the same names as the `nn.ModuleList` that it replaces."""
 
     def _active_run(self) -> LayerRun | None:
-        run = _ACTIVE_RUN.get()
+        run = _ACTIVE.run
         return run if run is not None and run.layers is self else None
 
     def __iter__(self) -> Iterator[Any]:
