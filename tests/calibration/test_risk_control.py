@@ -256,3 +256,33 @@ def test_without_the_promise_the_bound_is_missed_often():
     choices = [find_thresholds(draw(pool, 1000, generator), DISAGREEMENT) for _ in range(200)]
     violations, _ = summary(pool, DISAGREEMENT, choices)
     assert violations > 0.3
+
+
+def surest_is_wrong(num_examples):
+    """Two exits that agree but for one answer in 400, the surest one among them."""
+    scores = torch.rand(num_examples, 2, generator=torch.Generator().manual_seed(0))
+    agrees = torch.ones(num_examples, 2, dtype=torch.bool)
+    agrees[scores[:, 0].topk(num_examples // 400).indices[-1], 0] = False
+    agrees[: num_examples // 400 - 1, 0] = False
+    return ExitTable(scores, agrees, torch.tensor([0.5, 1.0]), lowest_score=0.0)
+
+
+def test_says_how_many_examples_would_do_where_nothing_passes():
+    wish = make_wish(max_disagreement=0.01)
+    choice = find_guaranteed_thresholds(surest_is_wrong(400), wish, CONFIDENCE)
+    assert not choice.found
+    # The smallest n on which one disagreement in 400 passes the exact test.
+    enough = choice.examples_wanted
+    assert binomial_cdf(math.ceil(enough / 400), enough, 0.01) <= DELTA
+    assert binomial_cdf(math.ceil((enough - 1) / 400), enough - 1, 0.01) > DELTA
+    more = find_guaranteed_thresholds(surest_is_wrong(2000), wish, CONFIDENCE)
+    assert more.found
+    assert more.examples_wanted is None
+
+
+def test_more_examples_do_not_help_where_every_saving_costs_too_much():
+    table = simulated_exits(2000, seed=1)
+    hopeless = ExitTable(torch.zeros_like(table.scores), table.agrees, table.costs, table.correct, lowest_score=0.0)
+    choice = find_guaranteed_thresholds(hopeless, make_wish(max_disagreement=0.01), CONFIDENCE)
+    assert not choice.found
+    assert choice.examples_wanted is None

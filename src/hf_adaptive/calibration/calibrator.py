@@ -95,7 +95,7 @@ class CalibrationReport:
             return f"Temperatures from {self.num_examples} examples: {_rounded(self.temperatures)}"
         wish, measured = self.choice.wish, self.choice.measured
         if not self.found:
-            return f"{wish}: nothing found on {measured.num_examples} examples; all layers are run."
+            return f"{wish}: nothing found on {measured.num_examples} examples; all layers are run.{self._way_out()}"
         text = f"{wish}: {self.criterion} thresholds {_shown(self.thresholds)}, cost {measured.mean_cost:.3f}"
         if measured.accuracy is not None:
             text += f", accuracy {measured.accuracy:.4f} (drop {measured.accuracy_drop:+.4f})"
@@ -103,6 +103,13 @@ class CalibrationReport:
         if self.choice.guarantee is not None:
             text += f"; the bound holds on new data with confidence {self.choice.guarantee.confidence:g}"
         return text + "."
+
+    def _way_out(self) -> str:
+        if self.choice is None or self.choice.guarantee is None:
+            return ""
+        if self.choice.examples_wanted is None:
+            return " More examples would not help: allow a larger loss, or train the exits better."
+        return f" At the rates seen there, about {self.choice.examples_wanted} testing examples would do."
 
 
 def calibrate_exits(

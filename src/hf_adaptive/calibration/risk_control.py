@@ -8,6 +8,7 @@ above the bound is returned only if the first such setting in the order passed i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,6 +29,9 @@ from .wishes import Guarantee, ThresholdChoice, Wish, cheapest_above, reward_of
 # Risks, in fractions of the bound, at which the candidates with one threshold per exit are aimed.
 NUM_SHARED = 50
 LADDER = tuple(step / 10 for step in range(21))
+# What is worth more examples: a setting of at most this share of the full cost; and where a search for them ends.
+WORTHWHILE = 0.9
+MOST_EXAMPLES = 10_000_000
 
 
 def find_guaranteed_thresholds(
@@ -60,14 +64,16 @@ def find_guaranteed_thresholds(
     _check_size(testing.num_examples, wish, confidence)
     test = _Test(testing, rule)
     thresholds = test.last_passing_shared() if candidates is None else test.last_passing_of(candidates)
+    found = thresholds != testing.run_everything
     guarantee = Guarantee(confidence, test.p_value(thresholds), rule.name, testing.num_examples)
     return ThresholdChoice(
         wish=wish,
-        found=thresholds != testing.run_everything,
+        found=found,
         thresholds=thresholds,
         per_exit=candidates is not None,
         measured=testing.measure(thresholds),
         guarantee=guarantee,
+        examples_wanted=None if found else test.examples_wanted(),
     )
 
 
@@ -101,14 +107,7 @@ def examples_needed(wish: Wish, confidence: float) -> int:
         ValueError: as [`find_guaranteed_thresholds`] for the wish and the confidence.
     """
     rule = _Rule(wish, _delta(confidence))
-    enough = 1
-    while rule.p_value(0, 0, enough) > rule.delta:
-        enough *= 2
-    too_few = enough // 2
-    while enough - too_few > 1:
-        middle = (enough + too_few) // 2
-        too_few, enough = (middle, enough) if rule.p_value(0, 0, middle) > rule.delta else (too_few, middle)
-    return enough
+    return rule.examples_needed(0.0, 0.0)
 
 
 def split_examples(num_examples: int, testing_share: float = 2 / 3, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -150,6 +149,24 @@ class _Rule:
             return disagreement_p_value(worse, num_examples, self.wish.bound)
         return accuracy_drop_p_value(worse, better, num_examples, self.wish.bound, self.delta)
 
+    def examples_needed(self, worse: float, better: float, at_least: int = 1) -> int:
+        """The smallest number of examples on which these rates of changed answers pass; `MOST_EXAMPLES` if none do."""
+
+        def fails(num_examples: int) -> bool:
+            counts = math.ceil(worse * num_examples), math.floor(better * num_examples)
+            return self.p_value(*counts, num_examples) > self.delta
+
+        enough = at_least
+        while fails(enough):
+            enough *= 2
+            if enough > MOST_EXAMPLES:
+                return MOST_EXAMPLES
+        too_few = at_least - 1 if enough == at_least else enough // 2
+        while enough - too_few > 1:
+            middle = (enough + too_few) // 2
+            too_few, enough = (middle, enough) if fails(middle) else (too_few, middle)
+        return enough
+
     def passes(self, worse: Tensor, better: Tensor, num_examples: int) -> Tensor:
         """The same as p-value ≤ delta, for many counts `(k,)` at once."""
         if self.wish.name == "max_disagreement":
@@ -185,6 +202,20 @@ class _Test:
                 break
             last = thresholds
         return last
+
+    def examples_wanted(self) -> int | None:
+        """About how many examples would let a setting worth having pass, at the rates of changed answers seen here.
+
+        None where every such setting changes more than the bound allows, so that more examples would not help.
+        """
+        count, dearest = self._table.num_examples, WORTHWHILE * self._table.costs[-1].item()
+        wanted = []
+        for thresholds in SharedPath(self._table).spread(NUM_SHARED):
+            worse, better = self._counts(thresholds)
+            risk = worse if self._rule.wish.name == "max_disagreement" else worse - better
+            if self._table.measure(thresholds).mean_cost <= dearest and risk < self._rule.wish.bound * count:
+                wanted.append(self._rule.examples_needed(worse / count, better / count, at_least=count))
+        return min(wanted, default=None)
 
     def _counts(self, thresholds: Thresholds) -> tuple[int, int]:
         taken = take_exits(self._table.scores, thresholds)[:, None]

@@ -75,6 +75,8 @@ class ThresholdChoice:
         per_exit: whether the thresholds were allowed to differ.
         measured: what the setting does on the examples it was chosen (with a guarantee: tested) on.
         guarantee: None if none was asked for.
+        examples_wanted: where a guarantee was asked for and nothing passed, about how many testing examples would do,
+            at the rates of changed answers seen; None if more would not help.
     """
 
     wish: Wish
@@ -83,6 +85,7 @@ class ThresholdChoice:
     per_exit: bool
     measured: OperatingPoint
     guarantee: Guarantee | None = None
+    examples_wanted: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
