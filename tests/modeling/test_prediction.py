@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_adaptive.modeling.prediction import cheapest_sizes
+from hf_adaptive.modeling.scheduling import cheapest_sizes
 from tests import tiny
 
 POOLINGS = ("cls", "mean", "last", "late")

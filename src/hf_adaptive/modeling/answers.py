@@ -1,5 +1,6 @@
 """What the exits said of each row, and which rows go on."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +83,31 @@ class Answers:
         certainty = None if self.certainty is None else self.certainty[rows, index]
         logits = self.logits[rows, : index + 1]
         return Evidence(logits, problem_type(config), certainty, config.exit_tolerance)
+
+    def of_exit(self, index: int) -> ExitAnswer:
+        """What one exit says."""
+        return ExitAnswer(self.logits[:, index], None if self.certainty is None else self.certainty[:, index])
+
+    def put(self, rows: torch.Tensor, answers: "Answers") -> None:
+        """Writes down the answers to some rows, whole."""
+        self.logits[rows] = answers.logits
+        self.exit_index[rows] = answers.exit_index
+        if self.certainty is not None and answers.certainty is not None:
+            self.certainty[rows] = answers.certainty
+
+    def select(self, rows: Sequence[int]) -> "Answers":
+        """The answers to some rows."""
+        index = torch.tensor(rows, dtype=torch.long, device=self.logits.device)
+        certainty = None if self.certainty is None else self.certainty[index]
+        return Answers(self.logits[index], self.exit_index[index], certainty)
+
+    @classmethod
+    def joined(cls, parts: Sequence["Answers"]) -> "Answers":
+        """The answers to the rows of several, one after the other."""
+        certainties = [part.certainty for part in parts if part.certainty is not None]
+        logits = torch.cat([part.logits for part in parts])
+        exit_index = torch.cat([part.exit_index for part in parts])
+        return cls(logits, exit_index, torch.cat(certainties) if certainties else None)
 
     @property
     def taken(self) -> torch.Tensor:

@@ -1,33 +1,59 @@
 """What says "confident enough to leave" (`exit_criterion`).
 
 A criterion turns what the exits know about a row into a signal and compares it with the exit's threshold. A new one is
-one class and one line in `CRITERIA`.
+one class and one line in `CRITERIA`. The same lines decide for torch's tensors, on any device, and for numpy arrays
+(runtimes without torch): they are written in the functions that `Evidence.functions` gives, under torch's names.
 """
 
+import importlib
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
-import torch
+import numpy as np
+
+from .numpy_functions import NumpyFunctions
+
+# A `torch.Tensor` or an `np.ndarray`.
+Array = Any
 
 CLASSIFICATION = ("single_label_classification", "multi_label_classification")
 
 
 @dataclass
 class Evidence:
-    """What is known about some rows at one exit.
+    """What is known about some rows at one exit; all tensors or all numpy arrays.
 
     Args:
-        logits (`torch.Tensor` of shape `(rows, exits so far, labels)`): Divided by the temperatures; this exit last.
+        logits (`torch.Tensor` or `np.ndarray` of shape `(rows, exits so far, labels)`): Divided by the temperatures;
+            this exit last.
         problem_type (`str`): `single_label_classification`, `multi_label_classification` or `regression`.
-        certainty (`torch.Tensor` of shape `(rows,)`, *optional*): What the exit's learned unit says, 0 to 1.
+        certainty (`torch.Tensor` or `np.ndarray` of shape `(rows,)`, *optional*): What the exit's learned unit says, 0
+            to 1.
         tolerance (`float`, *optional*): Numbers this close are the same answer (regression).
     """
 
-    logits: torch.Tensor
+    logits: Array
     problem_type: str
-    certainty: torch.Tensor | None = None
+    certainty: Array | None = None
     tolerance: float | None = None
+
+    @property
+    def functions(self) -> Any:
+        """What computes with these: torch, or functions of the same names for numpy arrays."""
+        return NumpyFunctions if isinstance(self.logits, np.ndarray) else importlib.import_module("torch")
+
+    @property
+    def scores(self) -> Array:
+        """This exit's logits in float32, `(rows, labels)`."""
+        logits = self.logits[:, -1]
+        return logits.astype(np.float32) if isinstance(logits, np.ndarray) else logits.float()
+
+    @property
+    def nobody(self) -> Array:
+        """False for every row, `(rows,)`."""
+        return self.functions.zeros_like(self.logits[:, 0, 0], dtype=self.functions.bool)
 
 
 class Criterion(ABC):
@@ -54,11 +80,11 @@ class Criterion(ABC):
         """Thresholds that show the whole trade-off, from leaving at once to hardly leaving."""
 
     @abstractmethod
-    def signal(self, evidence: Evidence) -> torch.Tensor:
-        """The number that is compared with the threshold, `torch.Tensor` of shape `(rows,)`."""
+    def signal(self, evidence: Evidence) -> Array:
+        """The number that is compared with the threshold, of shape `(rows,)`."""
 
-    def leaves(self, signal: torch.Tensor, threshold: float) -> torch.Tensor:
-        """Which rows leave, `torch.BoolTensor` of shape `(rows,)`. A signal of NaN never leaves."""
+    def leaves(self, signal: Array, threshold: float) -> Array:
+        """Which rows leave, booleans of shape `(rows,)`. A signal of NaN never leaves."""
         return signal >= threshold if self.leaves_above else signal <= threshold
 
     def check_threshold(self, threshold: float | None, position: int) -> None:
@@ -97,11 +123,11 @@ class Confidence(Criterion):
         # The papers' grid: equally spaced from the least possible value to the largest.
         return _grid(1 / max(2, num_labels), 1)
 
-    def signal(self, evidence: Evidence) -> torch.Tensor:
-        logits = evidence.logits[:, -1].float()
+    def signal(self, evidence: Evidence) -> Array:
+        functions = evidence.functions
         if evidence.problem_type == "multi_label_classification":
-            return torch.sigmoid(logits.abs()).amin(dim=-1)
-        return logits.softmax(dim=-1).amax(dim=-1)
+            return functions.amin(functions.sigmoid(abs(evidence.scores)), dim=-1)
+        return functions.amax(functions.softmax(evidence.scores, dim=-1), dim=-1)
 
 
 class Entropy(Criterion):
@@ -121,12 +147,12 @@ class Entropy(Criterion):
     def useful_thresholds(self, num_labels: int, exits: int) -> list[float]:
         return _grid(1, 0)
 
-    def signal(self, evidence: Evidence) -> torch.Tensor:
-        logits = evidence.logits[:, -1].float()
+    def signal(self, evidence: Evidence) -> Array:
+        functions, scores = evidence.functions, evidence.scores
         if evidence.problem_type == "multi_label_classification":
-            yes_or_no = torch.stack((logits, torch.zeros_like(logits)), dim=-1)
-            return _normalised_entropy(yes_or_no).amax(dim=-1)
-        return _normalised_entropy(logits)
+            yes_or_no = functions.stack((scores, functions.zeros_like(scores)), dim=-1)
+            return functions.amax(_normalised_entropy(functions, yes_or_no), dim=-1)
+        return _normalised_entropy(functions, scores)
 
 
 class Patience(Criterion):
@@ -146,10 +172,11 @@ class Patience(Criterion):
     def useful_thresholds(self, num_labels: int, exits: int) -> list[float]:
         return [float(count) for count in range(1, exits + 1)]
 
-    def signal(self, evidence: Evidence) -> torch.Tensor:
+    def signal(self, evidence: Evidence) -> Array:
+        functions = evidence.functions
         agrees = _agrees_with_exit_before(evidence)
         # Products over ever more of the latest exits: 1 as long as all of them agree.
-        in_a_row = agrees.flip(dims=(1,)).cumprod(dim=1).sum(dim=1)
+        in_a_row = functions.sum(functions.cumprod(functions.flip(agrees, dims=(1,)), dim=1), dim=1)
         return 1.0 + in_a_row
 
 
@@ -167,7 +194,7 @@ class Learned(Criterion):
     def useful_thresholds(self, num_labels: int, exits: int) -> list[float]:
         return _grid(0, 1)
 
-    def signal(self, evidence: Evidence) -> torch.Tensor:
+    def signal(self, evidence: Evidence) -> Array:
         assert evidence.certainty is not None, "a model with this criterion has certainty units"
         return evidence.certainty
 
@@ -176,30 +203,29 @@ def _grid(first: float, last: float, count: int = 21) -> list[float]:
     return [first + (last - first) * step / (count - 1) for step in range(count)]
 
 
-def _normalised_entropy(logits: torch.Tensor) -> torch.Tensor:
+def _normalised_entropy(functions: Any, logits: Array) -> Array:
     """Entropy of the softmax over the last dimension, divided by its largest value."""
-    log_probabilities = logits.log_softmax(dim=-1)
-    entropy = -(log_probabilities.exp() * log_probabilities).sum(dim=-1)
-    return (entropy / math.log(logits.shape[-1])).clamp(0, 1)
+    log_probabilities = functions.log_softmax(logits, dim=-1)
+    entropy = -functions.sum(functions.exp(log_probabilities) * log_probabilities, dim=-1)
+    return functions.clamp(entropy / math.log(logits.shape[-1]), 0, 1)
 
 
-def _agrees_with_exit_before(evidence: Evidence) -> torch.Tensor:
+def _agrees_with_exit_before(evidence: Evidence) -> Array:
     """Whether each exit but the first agrees with the one before it: `(rows, exits so far - 1)`, 0 or 1."""
-    logits = evidence.logits
+    functions, logits = evidence.functions, evidence.logits
     if evidence.problem_type == "single_label_classification":
-        answers = logits.argmax(dim=-1)
-        return (answers[:, 1:] == answers[:, :-1]).long()
+        answers = functions.argmax(logits, dim=-1)
+        return 1 * (answers[:, 1:] == answers[:, :-1])
     if evidence.problem_type == "multi_label_classification":
         answers = logits > 0
-        return (answers[:, 1:] == answers[:, :-1]).all(dim=-1).long()
-    assert evidence.tolerance is not None, "checked with the problem type"
+        return 1 * functions.all(answers[:, 1:] == answers[:, :-1], dim=-1)
     if evidence.tolerance is None:
         raise ValueError(
             "exit_criterion='patience' in regression needs exit_tolerance, the distance up to which two numbers are "
             "the same answer, got None. Set model.config.exit_tolerance, in the unit of the labels."
         )
-    distance = (logits[:, 1:] - logits[:, :-1]).abs().amax(dim=-1)
-    return (distance <= evidence.tolerance).long()
+    distance = functions.amax(abs(logits[:, 1:] - logits[:, :-1]), dim=-1)
+    return 1 * (distance <= evidence.tolerance)
 
 
 CRITERIA: dict[str, Criterion] = {
@@ -219,12 +245,12 @@ class ThresholdPolicy:
     criterion: Criterion
     thresholds: list[float | None]
 
-    def leaves(self, exit_index: int, evidence: Evidence) -> torch.Tensor:
-        """Which rows leave at this exit, `torch.BoolTensor` of shape `(rows,)`."""
-        threshold = self.thresholds[exit_index]
+    def leaves(self, exit_index: int, evidence: Evidence) -> Array:
+        """Which rows leave at this exit, booleans of shape `(rows,)`."""
+        threshold, functions = self.thresholds[exit_index], evidence.functions
         if threshold is None:
-            return torch.zeros(evidence.logits.shape[0], dtype=torch.bool, device=evidence.logits.device)
-        answer_is_number = ~evidence.logits[:, -1].isnan().any(dim=-1)
+            return evidence.nobody
+        answer_is_number = ~functions.any(functions.isnan(evidence.logits[:, -1]), dim=-1)
         return self.criterion.leaves(self.criterion.signal(evidence), threshold) & answer_is_number
 
 
@@ -238,10 +264,9 @@ class ForcedPolicy:
 
     exit_index: int
 
-    def leaves(self, exit_index: int, evidence: Evidence) -> torch.Tensor:
-        """Which rows leave at this exit, `torch.BoolTensor` of shape `(rows,)`."""
-        forced = exit_index == self.exit_index
-        return torch.full((evidence.logits.shape[0],), forced, dtype=torch.bool, device=evidence.logits.device)
+    def leaves(self, exit_index: int, evidence: Evidence) -> Array:
+        """Which rows leave at this exit, booleans of shape `(rows,)`."""
+        return evidence.nobody | (exit_index == self.exit_index)
 
 
 Policy = ThresholdPolicy | ForcedPolicy
