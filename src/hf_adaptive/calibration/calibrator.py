@@ -12,11 +12,11 @@ import torch
 from transformers.utils import logging
 
 from ..evaluation.data_use import note_use
-from ..evaluation.metrics import LABEL_COLUMNS, label_array
 from ..files import write_whole
 from ..modeling.answers import Answers
 from ..modeling.criteria import CRITERIA
-from ..modeling.losses import problem_type
+from ..modeling.examples import as_rows
+from ..modeling.labels import has_label, labels_of, problem_type
 from .exit_table import ExitTable, Thresholds
 from .risk_control import candidate_settings, find_guaranteed_thresholds, split_examples
 from .temperature import TemperatureFit, fit_temperatures
@@ -40,6 +40,7 @@ class CalibrationReport:
             before and after; None if they were left as they are.
         certainty_ranges (`list[tuple[float, float]]`, *optional*): Of each exit's learned unit, least and largest.
         num_examples (`int`): Calibration examples in all.
+        num_unlabelled (`int`): Examples that were left out because they have no label (-100).
     """
 
     criterion: str
@@ -48,6 +49,7 @@ class CalibrationReport:
     temperatures: list[TemperatureFit] | None
     certainty_ranges: list[tuple[float, float]] | None
     num_examples: int
+    num_unlabelled: int = 0
 
     @property
     def found(self) -> bool:
@@ -63,6 +65,7 @@ class CalibrationReport:
             "temperatures": None if self.temperatures is None else [fit.to_dict() for fit in self.temperatures],
             "certainty_ranges": self.certainty_ranges,
             "num_examples": self.num_examples,
+            "num_unlabelled": self.num_unlabelled,
         }
 
     def to_record(self, temperatures: list[float] | None) -> dict[str, Any]:
@@ -100,6 +103,8 @@ class CalibrationReport:
         if measured.accuracy is not None:
             text += f", accuracy {measured.accuracy:.4f} (drop {measured.accuracy_drop:+.4f})"
         text += f", {measured.disagreement:.1%} other answers, on {measured.num_examples} examples"
+        if self.num_unlabelled:
+            text += f" ({self.num_unlabelled} without a label left out)"
         if self.choice.guarantee is not None:
             text += f"; the bound holds on new data with confidence {self.choice.guarantee.confidence:g}"
         return text + "."
@@ -132,8 +137,8 @@ def calibrate_exits(
 
     Args:
         model: A classifier with exits, or a cascade.
-        dataset (`Sequence[Mapping]`): Tokenised examples that are used neither for training nor for evaluation, with
-            `labels` or `label` (only `max_disagreement` does without).
+        dataset: Tokenised examples, as for `predict`, that are used neither for training nor for evaluation, with
+            `labels`, `label` or `label_ids` (only `max_disagreement` does without); those of label -100 are left out.
         target_cost (`float`, *optional*): The most accurate setting at this mean cost (0.4: 40 % of the layers).
         max_accuracy_drop (`float`, *optional*): The cheapest setting that loses at most so much accuracy against the
             last exit (0.005: half a point).
@@ -187,12 +192,13 @@ class ExitCalibrator:
         self.model = model
         self.config = model.config
         self.criterion = CRITERIA[model.config.exit_criterion]
-        self.problem_type = problem_type(model.config)
         self.seed = seed
-        self.labels = self._labels(dataset)
+        self.labels = labels_of(dataset, model.config)
+        self.problem_type = problem_type(model.config)
         self.fits_temperatures = self._fits_temperatures(temperatures)
-        note_use(model, dataset, "calibration")
         self._run(dataset, batch_size, show_progress)
+        self.num_unlabelled = self._leave_out_unlabelled()
+        note_use(model, as_rows(dataset), "calibration")
 
     def calibrate(
         self,
@@ -218,7 +224,7 @@ class ExitCalibrator:
             raise ValueError("say what is wanted: target_cost, max_accuracy_drop or max_disagreement.")
         wish = make_wish(**bounds) if has_wish else None
         tuning, testing = self._split(wish, confidence, per_exit)
-        fits = fit_temperatures(self.logits[tuning], self._label_tensor()[tuning]) if self.fits_temperatures else None
+        fits = self._temperature_fits(tuning)
         ranges = self._certainty_ranges(tuning)
         choice = None
         if wish is not None:
@@ -231,6 +237,7 @@ class ExitCalibrator:
             temperatures=fits,
             certainty_ranges=ranges,
             num_examples=len(self.logits),
+            num_unlabelled=self.num_unlabelled,
         )
 
     def store(self, report: CalibrationReport) -> None:
@@ -248,10 +255,6 @@ class ExitCalibrator:
                 logger.warning(str(report))
 
     # What was run
-
-    def _labels(self, dataset: Sequence[Mapping[str, Any]]) -> Any:
-        has_labels = len(dataset) == 0 or any(name in dataset[0] for name in LABEL_COLUMNS)
-        return label_array(dataset) if has_labels else None
 
     def _fits_temperatures(self, asked: bool | None) -> bool:
         is_possible = self.labels is not None and self.problem_type != "regression"
@@ -275,6 +278,15 @@ class ExitCalibrator:
         self.logits = outputs.exit_logits.double() * self._temperature_tensor(self.config.exit_temperatures)
         self.certainty = None if outputs.exit_certainty is None else self._unstretched(outputs.exit_certainty.double())
 
+    def _leave_out_unlabelled(self) -> int:
+        """How many rows of what was run have no label where others have one; they serve for nothing."""
+        if self.labels is None:
+            return 0
+        is_labelled = has_label(self.labels, self.problem_type)
+        self.labels, self.logits = self.labels[is_labelled], self.logits[is_labelled]
+        self.certainty = None if self.certainty is None else self.certainty[is_labelled]
+        return int((~is_labelled).sum())
+
     def _unstretched(self, certainty: torch.Tensor) -> torch.Tensor:
         units = [head.certainty for head in self.model.exits]
         least = torch.tensor([unit.least.item() for unit in units], dtype=torch.float64)
@@ -285,9 +297,6 @@ class ExitCalibrator:
         values = [1.0] * len(self.config.exit_layers) if temperatures is None else temperatures
         return torch.tensor(values, dtype=torch.float64).view(-1, 1)
 
-    def _label_tensor(self) -> torch.Tensor:
-        return torch.as_tensor(self.labels)
-
     # What is tried
 
     def _split(self, wish: Wish | None, confidence: float | None, per_exit: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -297,6 +306,11 @@ class ExitCalibrator:
         if wish is None or confidence is None or not shapes_something:
             return everything, everything
         return split_examples(len(everything), seed=self.seed)
+
+    def _temperature_fits(self, tuning: torch.Tensor) -> list[TemperatureFit] | None:
+        if self.labels is None or not self.fits_temperatures:
+            return None
+        return fit_temperatures(self.logits[tuning], self.labels[tuning])
 
     def _certainty_ranges(self, tuning: torch.Tensor) -> list[tuple[float, float]] | None:
         if self.certainty is None:
@@ -328,17 +342,18 @@ class ExitCalibrator:
 
     def _agreement(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Whether each exit says what the last one says, and what the label says: `(examples, exits)` each."""
-        labels = None if self.labels is None else self._label_tensor()
+        is_number = ~logits.isnan().any(dim=-1)
         if self.problem_type == "regression":
             # A number is not right or wrong; two numbers can be the same within the tolerance.
             distance = (logits - logits[:, -1:]).abs().amax(dim=-1)
             return distance <= self.config.exit_tolerance, None
         if self.problem_type == "multi_label_classification":
             answers = logits > 0
-            right = None if labels is None else (answers == labels.bool().unsqueeze(1)).all(dim=-1)
-            return (answers == answers[:, -1:]).all(dim=-1), right
+            right = None if self.labels is None else (answers == self.labels.bool().unsqueeze(1)).all(dim=-1)
+            return (answers == answers[:, -1:]).all(dim=-1), None if right is None else right & is_number
         answers = logits.argmax(dim=-1)
-        return answers == answers[:, -1:], None if labels is None else answers == labels.view(-1, 1)
+        right = None if self.labels is None else answers == self.labels.view(-1, 1)
+        return answers == answers[:, -1:], None if right is None else right & is_number
 
     def _lowest_score(self) -> float:
         """Where everything leaves: the end of the criterion's range."""

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
+from ..modeling.examples import as_array
 
 
 def note_use(model: Any, dataset: Sequence[Mapping[str, Any]], use: str) -> None:
@@ -31,4 +31,7 @@ def note_use(model: Any, dataset: Sequence[Mapping[str, Any]], use: str) -> None
 def _print_of(dataset: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:
     """Tells data sets apart by their size and a few of their examples."""
     places = {0, len(dataset) // 3, len(dataset) // 2, len(dataset) - 1}
-    return (len(dataset), *(tuple(np.asarray(dataset[place]["input_ids"]).tolist()) for place in sorted(places)))
+    return (
+        len(dataset),
+        *(tuple(as_array(dataset[place]["input_ids"]).flatten().tolist()) for place in sorted(places)),
+    )

@@ -1,14 +1,11 @@
 """Scores of answers, by problem type or by a metric of the user's."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 
 Metric = Callable[..., float | Mapping[str, float]]
-
-LABEL_COLUMNS = ("labels", "label")
 
 
 def accuracy(predictions: np.ndarray, references: np.ndarray) -> float:
@@ -52,23 +49,20 @@ def answers_of(logits: torch.Tensor, problem_type: str) -> np.ndarray:
     return logits.float().squeeze(-1).numpy()
 
 
-def score(metric: Metric, logits: torch.Tensor, labels: np.ndarray, problem_type: str) -> float:
-    """A metric of the answers that some scores give; a dict's first value counts."""
-    value = metric(predictions=answers_of(logits, problem_type), references=labels)
-    return float(next(iter(value.values())) if isinstance(value, Mapping) else value)
+def score(metric: Metric, logits: torch.Tensor, labels: torch.Tensor, problem_type: str) -> float:
+    """A metric of the answers that some scores give; a dict's first value counts.
 
-
-def label_array(dataset: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """The labels of a data set.
-
-    Raises:
-        ValueError: There are no examples, or they have no labels.
+    Args:
+        metric (`Callable`): Called with `predictions` and `references`.
+        logits (`torch.Tensor` of shape `(examples, labels)`): Scores; a row with NaN has no answer, which is wrong
+            (for regression the answer is NaN).
+        labels (`torch.Tensor`): What is right, a label in every row.
+        problem_type (`str`): As in the configuration.
     """
-    if len(dataset) == 0:
-        raise ValueError("the data set is empty: give at least one example.")
-    name = next((name for name in LABEL_COLUMNS if name in dataset[0]), None)
-    if name is None:
-        raise ValueError(
-            f"the examples have no labels: expected a column {' or '.join(LABEL_COLUMNS)}, got {sorted(dataset[0])}."
-        )
-    return np.array([np.asarray(example[name]) for example in dataset])
+    references, predictions = labels.numpy(), answers_of(logits, problem_type)
+    if problem_type != "regression":
+        is_answered = ~logits.isnan().any(dim=-1).numpy()
+        # An answer that a metric of the user's knows, and that is not the right one.
+        predictions[~is_answered] = references[~is_answered] == 0
+    value = metric(predictions=predictions, references=references)
+    return float(next(iter(value.values())) if isinstance(value, Mapping) else value)

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
-INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids")
+from ..modeling.examples import read_examples
+from ..modeling.inputs import input_limits
 
 
 @torch.inference_mode()
@@ -15,27 +15,23 @@ def plain_logits(model: Any, examples: Sequence[Mapping[str, Any]], batch_size: 
 
     Args:
         model: The stock model, in evaluation mode.
-        examples (`Sequence[Mapping]`): Tokenised examples, each with an `attention_mask`.
+        examples (`Sequence[Mapping]`): Tokenised examples, as for `predict`.
         batch_size (`int`): Examples run at a time.
 
     Returns:
         `torch.Tensor` of shape `(examples, labels)`: On the CPU, in the order of the examples.
 
     Raises:
-        ValueError: A model in training mode.
+        ValueError: A model in training mode, or examples that cannot be read.
     """
     if model.training:
         raise ValueError("the plain model is in training mode: call plain.eval() first.")
-    rows = [examples[number] for number in range(len(examples))]
-    order = sorted(range(len(rows)), key=lambda number: -len(rows[number]["input_ids"]))
-    padding = {**dict.fromkeys(INPUT_NAMES, 0), "input_ids": model.config.pad_token_id or 0}
-    names = [name for name in INPUT_NAMES if name in rows[0]]
+    rows = read_examples(examples, input_limits([model.config]))
+    order = torch.from_numpy(rows.lengths).argsort(descending=True, stable=True)
+    padding = {**dict.fromkeys(rows.names, 0), "input_ids": model.config.pad_token_id or 0}
     found = []
-    for start in range(0, len(order), batch_size):
-        batch = [rows[number] for number in order[start : start + batch_size]]
-        tensors = {
-            name: pad_sequence([torch.as_tensor(row[name]) for row in batch], True, padding[name]).to(model.device)
-            for name in names
-        }
+    for numbers in order.split(batch_size):
+        batch = {name: rows.batch(name, numbers.numpy(), padding[name]) for name in rows.names}
+        tensors = {name: torch.from_numpy(values).to(model.device) for name, values in batch.items()}
         found.append(model(**tensors).logits.float().cpu())
-    return torch.cat(found)[torch.tensor(order).argsort()]
+    return torch.cat(found)[order.argsort()]

@@ -16,9 +16,10 @@ import torch
 from ..files import write_whole
 from ..modeling.answers import Answers, choose_exits
 from ..modeling.criteria import CRITERIA, ThresholdPolicy
-from ..modeling.losses import problem_type
+from ..modeling.examples import as_rows
+from ..modeling.labels import LABEL_COLUMNS, has_label, labels_of, problem_type
 from .data_use import note_use
-from .metrics import Metric, default_metric, label_array, metric_name, score
+from .metrics import Metric, default_metric, metric_name, score
 from .plain import plain_logits
 from .plots import Mark, Panel, Picture, draw
 from .timing import seconds_in_turn
@@ -84,6 +85,7 @@ class ExitReport:
         device (`str`): Where it was run.
         chosen (`CurvePoint`, *optional*): The thresholds that the configuration stores; None if it stores none.
         plain (`PlainModel`, *optional*): A model without exits, measured beside.
+        num_unlabelled (`int`): Examples that were left out because they have no label (-100).
     """
 
     exit_layers: list[int]
@@ -99,6 +101,7 @@ class ExitReport:
     device: str
     chosen: CurvePoint | None = None
     plain: PlainModel | None = None
+    num_unlabelled: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as in the JSON file."""
@@ -203,7 +206,8 @@ class ExitReport:
             f"{layer:>6} {cost:>6.2f} {accuracy:>10.4f}"
             for layer, cost, accuracy in zip(self.exit_layers, self.costs, self.accuracy)
         ]
-        return "\n".join([f"{'layers':>6} {'cost':>6} {self.metric_name:>10}", *rows])
+        left_out = [f"({self.num_unlabelled} examples without a label left out)"] if self.num_unlabelled else []
+        return "\n".join([f"{'layers':>6} {'cost':>6} {self.metric_name:>10}", *rows, *left_out])
 
 
 def _pair(values: list[float] | None) -> tuple[float, float] | None:
@@ -228,7 +232,8 @@ def evaluate_exits(
 
     Args:
         model: A classifier with exits (or a cascade).
-        dataset (`Sequence[Mapping]`): Tokenised examples with `labels` or `label`, such as a `datasets.Dataset`.
+        dataset: Tokenised examples as for `predict`, with `labels`, `label` or `label_ids`; those of label -100 are
+            left out.
         metric (`Callable`, *optional*): Called with `predictions` and `references` (arrays of shape `(examples,)`, or
             `(examples, labels)` for several labels at once); returns a number, or a dict whose first value counts, as
             `evaluate`'s `compute` does. Defaults to accuracy, for regression to Pearson's correlation.
@@ -242,9 +247,9 @@ def evaluate_exits(
     Raises:
         ValueError: No examples, no labels, or anything that `model.predict` refuses.
     """
-    if len(dataset):
-        note_use(model, dataset, "evaluation")
-    return measure_exits(model, dataset, metric, thresholds, batch_size, timed_examples, show_progress, plain)
+    report = measure_exits(model, dataset, metric, thresholds, batch_size, timed_examples, show_progress, plain)
+    note_use(model, as_rows(dataset), "evaluation")
+    return report
 
 
 def measure_exits(
@@ -258,21 +263,28 @@ def measure_exits(
     plain: Any = None,
 ) -> ExitReport:
     """[`evaluate_exits`] for data that may be calibrated on later."""
-    labels = label_array(dataset)
+    rows, read = as_rows(dataset), labels_of(dataset, model.config)
+    if read is None:
+        raise ValueError(
+            f"the examples have no labels: expected a column {' or '.join(LABEL_COLUMNS)}, got {sorted(rows[0])}."
+        )
     kind = problem_type(model.config)
+    is_labelled = has_label(read, kind)
+    labels = read[is_labelled]
     metric = metric or default_metric(kind)
-    timed = [dataset[row] for row in range(min(timed_examples, len(dataset)))]
+    timed = [rows[row] for row in range(min(timed_examples, len(rows)))]
     was_training = model.training
     model.eval()
     try:
         everything = [None] * (len(model.config.exit_layers) - 1)
         outputs = model.predict(dataset, batch_size, exit_thresholds=everything, show_progress=show_progress)
-        answers = Answers(outputs.exit_logits, outputs.exit_index, outputs.exit_certainty)
+        certainty = None if outputs.exit_certainty is None else outputs.exit_certainty[is_labelled]
+        answers = Answers(outputs.exit_logits[is_labelled], outputs.exit_index[is_labelled], certainty)
         curve, chosen = _trade_off(model.config, answers, labels, metric, thresholds)
         report = ExitReport(
             exit_layers=list(model.config.exit_layers),
             costs=list(model.config.exit_costs),
-            accuracy=[score(metric, logits, labels, kind) for logits in outputs.exit_logits.unbind(dim=1)],
+            accuracy=[score(metric, logits, labels, kind) for logits in answers.logits.unbind(dim=1)],
             metric_name=metric_name(metric),
             curve=curve,
             num_examples=len(labels),
@@ -282,7 +294,8 @@ def measure_exits(
             batch_size=batch_size,
             device=str(model.device),
             chosen=chosen,
-            plain=_score_of_plain(plain, dataset, batch_size, labels, metric, kind),
+            plain=_score_of_plain(plain, dataset, batch_size, read, metric, kind),
+            num_unlabelled=len(read) - len(labels),
         )
         return _with_times(report, model, plain, timed, show_progress) if timed else report
     finally:
@@ -290,13 +303,17 @@ def measure_exits(
 
 
 def _score_of_plain(
-    plain: Any, dataset: Sequence[Mapping[str, Any]], batch_size: int, labels: np.ndarray, metric: Metric, kind: str
+    plain: Any, dataset: Sequence[Mapping[str, Any]], batch_size: int, labels: torch.Tensor, metric: Metric, kind: str
 ) -> PlainModel | None:
-    return None if plain is None else PlainModel(score(metric, plain_logits(plain, dataset, batch_size), labels, kind))
+    if plain is None:
+        return None
+    is_labelled = has_label(labels, kind)
+    logits = plain_logits(plain, dataset, batch_size)
+    return PlainModel(score(metric, logits[is_labelled], labels[is_labelled], kind))
 
 
 def _trade_off(
-    config: Any, answers: Answers, labels: np.ndarray, metric: Metric, thresholds: Sequence[float] | None
+    config: Any, answers: Answers, labels: torch.Tensor, metric: Metric, thresholds: Sequence[float] | None
 ) -> tuple[list[CurvePoint], CurvePoint | None]:
     """A point for every threshold, and one for the stored thresholds if there are any."""
     criterion = CRITERIA[config.exit_criterion]
@@ -310,7 +327,7 @@ def _trade_off(
 
 
 def _curve_point(
-    config: Any, answers: Answers, labels: np.ndarray, metric: Metric, threshold: float | list[float | None]
+    config: Any, answers: Answers, labels: torch.Tensor, metric: Metric, threshold: float | list[float | None]
 ) -> CurvePoint:
     policy = ThresholdPolicy(CRITERIA[config.exit_criterion], config.checked_thresholds(threshold))
     exit_index = choose_exits(answers, policy, config)

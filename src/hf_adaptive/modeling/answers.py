@@ -9,8 +9,8 @@ from transformers.utils import logging
 
 from .criteria import Evidence, Policy
 from .inputs import BackboneInputs
+from .labels import problem_type
 from .local_gradients import refuse_gradient
-from .losses import problem_type
 
 logger = logging.get_logger(__name__)
 

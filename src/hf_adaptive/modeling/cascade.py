@@ -22,9 +22,9 @@ from .configuration import DecisionsConfigMixin, check_exit_layers, refuse_unkno
 from .criteria import CRITERIA
 from .decisions import DecidesRowByRow
 from .inputs import BackboneInputs, positions_of_real_tokens
+from .labels import read_labels
 from .layers import Progress
 from .loading import checkpoint_model_type, damage_named
-from .losses import check_labels
 from .outputs import SequenceClassifierWithExitsOutput
 from .prediction import PredictsDatasets
 from .saving import SavesWhole
@@ -284,10 +284,10 @@ class CascadeForSequenceClassification(SavesWhole, PredictsDatasets, DecidesRowB
             "position_ids": None if position_ids is None else position_ids.expand(input_ids.shape[0], -1),
         }
         inputs = BackboneInputs({name: t for name, t in named.items() if t is not None}, attention_mask)
+        if labels is not None:
+            labels = read_labels(labels, inputs.rows, self.config)
         policy = self._policy(exit_thresholds, exit_at)
         self._note_training()
-        if labels is not None:
-            check_labels(labels, inputs.rows, self.config)
         answers = self._run_everything(inputs, {})[0] if policy is None else self._leave_early(inputs, policy)
         return SequenceClassifierWithExitsOutput(
             loss=None if labels is None else self._loss(answers, labels, policy),

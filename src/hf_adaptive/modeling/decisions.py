@@ -10,7 +10,8 @@ from .answers import Answers, Leaving, choose_exits, warn_of_nan
 from .bases import ModelBase
 from .criteria import CRITERIA, ForcedPolicy, Policy, ThresholdPolicy
 from .inputs import BackboneInputs
-from .losses import answer_loss, exits_loss, problem_type
+from .labels import problem_type
+from .losses import answer_loss, exits_loss
 
 logger = logging.get_logger(__name__)
 

@@ -30,7 +30,7 @@ def as_rows(examples: Any) -> Sequence[Mapping[str, Any]]:
     if isinstance(examples, Mapping):
         return _Columns(examples)
     if isinstance(examples, (str, bytes)):
-        raise ValueError(f"examples must be tokenised, got a text: {_short(examples)}. {_HOW}")
+        raise ValueError(f"examples must be tokenised, got a text: {shortened(examples)}. {_HOW}")
     kind = type(examples)
     if isinstance(examples, np.ndarray) or _is_tensor(examples):
         raise ValueError(
@@ -60,8 +60,8 @@ class _Columns(Sequence[Mapping[str, Any]]):
             raise ValueError(f"columns of examples must have one entry an example each, got entries: {counts}.")
         if not counts:
             raise ValueError(
-                f"examples given as a mapping must map names to columns, got the names {_short(list(columns))}. Did "
-                f"you mean one of its splits? {_HOW}"
+                f"examples given as a mapping must map names to columns, got the names {shortened(list(columns))}. "
+                f"Did you mean one of its splits? {_HOW}"
             )
         self.rows = next(iter(counts.values()))
 
@@ -171,8 +171,7 @@ def read_examples(examples: Any, limits: Mapping[str, int] | None = None) -> Tok
 
 
 def _names(first: Any) -> tuple[str, ...]:
-    if not isinstance(first, Mapping):
-        raise ValueError(f"examples[0] must be a mapping with input_ids, got {_short(first)}. {_HOW}")
+    first = check_mapping(first, 0)
     names = tuple(name for name in INPUT_NAMES if name in first)
     if "input_ids" not in names:
         raise ValueError(
@@ -190,8 +189,7 @@ def _parts(rows: Sequence[Mapping[str, Any]], names: tuple[str, ...], limits: di
 
 
 def _checked_row(row: Any, number: int, names: tuple[str, ...]) -> Mapping[str, Any]:
-    if not isinstance(row, Mapping):
-        raise ValueError(f"examples[{number}] must be a mapping with input_ids, got {_short(row)}. {_HOW}")
+    row = check_mapping(row, number)
     if any((name in row) != (name in names) for name in INPUT_NAMES):
         raise ValueError(
             f"examples must have the same inputs: the first has {list(names)}, but number {number} has "
@@ -240,7 +238,7 @@ def _refuse_values(name: str, values: list[Any], first: int) -> None:
             array = np.array(None)
         if array.ndim != 1 or (len(array) and array.dtype.kind not in _kinds(name)):
             raise ValueError(
-                f"examples[{first + row}][{name!r}] must be a list of whole numbers, got {_short(value)}."
+                f"examples[{first + row}][{name!r}] must be a list of whole numbers, got {shortened(value)}."
             ) from None
 
 
@@ -313,6 +311,41 @@ def _is_tensor(value: Any) -> bool:
     return torch is not None and isinstance(value, torch.Tensor)
 
 
-def _short(value: Any) -> str:
+def check_mapping(row: Any, number: int) -> Mapping[str, Any]:
+    """The row, if it is a mapping.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if not isinstance(row, Mapping):
+        raise ValueError(f"examples[{number}] must be a mapping with input_ids, got {shortened(row)}. {_HOW}")
+    return row
+
+
+def column_of(examples: Any, name: str) -> list[Any]:
+    """One column of all examples.
+
+    Raises:
+        ValueError: An example without it, by its number.
+    """
+    if _is_dataset(examples):
+        return examples.with_format("arrow", columns=[name])[:].column(name).to_pylist()
+    column = []
+    for row in range(len(examples)):
+        example = check_mapping(examples[row], row)
+        if name not in example:
+            raise ValueError(f"examples[{row}] has no {name!r}, as the first has: {shortened(example)}.")
+        column.append(example[name])
+    return column
+
+
+def _is_dataset(examples: Any) -> Any:
+    """Whether columns can be read from Arrow's tables: a `datasets.Dataset` whose rows no function makes."""
+    datasets = sys.modules.get("datasets")
+    return datasets is not None and isinstance(examples, datasets.Dataset) and examples.format["type"] != "custom"
+
+
+def shortened(value: Any) -> str:
+    """A value as text, for messages."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -17,10 +17,11 @@ from .constant_attention import initialize_constants, install_constant_heads
 from .decisions import DecidesRowByRow
 from .heads import CertaintyUnit, ExitHead
 from .inputs import BackboneInputs, positions_of_real_tokens
+from .labels import read_labels
 from .layers import LayerList, LayerRun, Pause, Progress, install_layer_list
 from .loading import LoadsPlainCheckpoints
 from .local_gradients import LocalGradients, can_be_local, trained_parameters
-from .losses import check_labels, exit_loss
+from .losses import exit_loss
 from .outputs import SequenceClassifierWithExitsOutput
 from .prediction import PredictsDatasets
 from .routing import gradient_share, pass_gradient
@@ -132,9 +133,9 @@ class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, GivesStockClassifiers, Predi
                 labels that cannot be used.
         """
         inputs = self._inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        policy = self._policy(exit_thresholds, exit_at)
         if labels is not None:
-            check_labels(labels, inputs.rows, self.config)
+            labels = read_labels(labels, inputs.rows, self.config)
+        policy = self._policy(exit_thresholds, exit_at)
         flags = self._output_flags(output_hidden_states, output_attentions)
         self._note_training()
         loss, outputs = None, ModelOutput()

@@ -30,7 +30,9 @@ from .constant_attention import (
     initialize_constants,
     install_constant_heads,
 )
+from .labels import NO_LABEL, read_labels, read_token_labels
 from .loading import checkpoint_model_type
+from .losses import answer_loss
 from .saving import ReadsWhole, SavesWhole
 
 logger = logging.get_logger(__name__)
@@ -345,8 +347,10 @@ class PapaForSequenceClassificationMixin(PapaProbeMixin):
             **kwargs,
         )
         logits = self.classifier(self.dropout(self.pooler(hidden_states, attention_mask)))
+        if labels is not None:
+            labels = read_labels(labels, len(logits), self.config)
         return SequenceClassifierOutput(
-            loss=None if labels is None else self.loss_function(labels, logits, self.config),
+            loss=None if labels is None else answer_loss(logits, labels, self.config),
             logits=logits,
             hidden_states=hidden_states if wants_hidden_states else None,
             attentions=attentions,
@@ -391,8 +395,9 @@ class PapaForTokenClassificationMixin(PapaProbeMixin):
             **kwargs,
         )
         logits = self.classifier(hidden_states)
-        if labels is not None and attention_mask is not None:
-            labels = labels.masked_fill(attention_mask == 0, -100)
+        if labels is not None:
+            labels = read_token_labels(labels, logits.shape[:2], self.config.num_labels)
+            labels = labels if attention_mask is None else labels.masked_fill(attention_mask == 0, NO_LABEL)
         return TokenClassifierOutput(
             loss=None if labels is None else self.loss_function(logits, labels, self.config),
             logits=logits,

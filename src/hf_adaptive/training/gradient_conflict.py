@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from ..modeling.exits import ExitsMixin
-from ..modeling.losses import answer_loss, check_labels
+from ..modeling.labels import read_labels
+from ..modeling.losses import answer_loss
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +91,7 @@ def _losses(model: Any, batch: Mapping[str, torch.Tensor]) -> list[torch.Tensor]
         raise ValueError(f"the batch has no labels: expected 'labels' among its keys, got {sorted(batch)}.")
     inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
     labels = inputs.pop("labels")
-    check_labels(labels, len(labels), model.config)
+    labels = read_labels(labels, len(labels), model.config)
     with torch.enable_grad(), _training_without_dropout(model):
         exit_logits = model(**inputs).exit_logits
         weights = model.config.exit_loss_weights or [1.0] * len(model.config.exit_layers)

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import EvalPrediction, Trainer
 from transformers.trainer_pt_utils import LabelSmoother
@@ -14,7 +13,8 @@ from ..evaluation.metrics import default_metric, metric_name, score
 from ..evaluation.report import ExitReport, measure_exits
 from ..hub.model_card import PLOT_FILE, model_card, write_model_card
 from ..hub.push import keep_card_of_hub
-from ..modeling.losses import check_labels, exits_loss, problem_type, problem_type_of
+from ..modeling.labels import has_label, problem_type, problem_type_of, read_labels
+from ..modeling.losses import exits_loss
 
 logger = logging.get_logger(__name__)
 
@@ -73,7 +73,7 @@ class ExitsTrainer(Trainer):
 
     def _smoothed_loss(self, smoother: LabelSmoother, outputs: Any, labels: torch.Tensor) -> torch.Tensor:
         config = self._exits_model.config
-        check_labels(labels, len(labels), config)
+        labels = read_labels(labels, len(labels), config)
         kind = problem_type_of(labels, config)
         if kind != "single_label_classification":
             raise ValueError(f"label_smoothing_factor has no meaning for problem_type={kind!r}: set it to 0.")
@@ -128,10 +128,11 @@ class ExitsTrainer(Trainer):
         return {**earlier, **scores[-1]}
 
     def _default_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        kind = problem_type(self._exits_model.config)
-        metric = default_metric(kind)
-        logits = torch.as_tensor(prediction.predictions)
-        return {metric_name(metric): score(metric, logits, np.asarray(prediction.label_ids), kind)}
+        config, logits = self._exits_model.config, torch.as_tensor(prediction.predictions)
+        labels = read_labels(torch.as_tensor(prediction.label_ids), len(logits), config)
+        kind = problem_type(config)
+        metric, is_labelled = default_metric(kind), has_label(labels, kind)
+        return {metric_name(metric): score(metric, logits[is_labelled], labels[is_labelled], kind)}
 
     # Report and card
 
