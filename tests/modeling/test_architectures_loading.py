@@ -321,11 +321,11 @@ def test_pipeline_answers_as_the_model(name):
 
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory):
-    """What one process without the package says of a checkpoint of every architecture."""
+    """What one process without the package says of a checkpoint of every architecture, its exits with branches."""
     root = tmp_path_factory.mktemp("elsewhere")
     checkpoints, models = {}, {}
     for name in architectures.NAMES:
-        models[name] = architectures.model(name)
+        models[name] = architectures.model(name, exit_branch_layers=1)
         models[name].save_pretrained(root / name)
         tiny.tokenizer().save_pretrained(root / name)
         thresholds = tiny.thresholds_between(models[name], INPUTS)

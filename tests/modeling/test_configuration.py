@@ -12,9 +12,13 @@ import hf_adaptive
 from tests import tiny
 
 BAD = [
-    ("exit_layers", [0, 4], "between 1 and 4.*not 0"),
-    ("exit_layers", [1, 5], "between 1 and 4"),
-    ("exit_layers", [-1, 4], "between 1 and 4"),
+    ("exit_layers", [0, 4], r"\[0, 4\] has an exit on the embeddings.*exit_pooling='cls'.*exit_pooling='mean'"),
+    ("exit_branch_layers", -1, "whole number"),
+    ("exit_branch_layers", 1.0, "whole number"),
+    ("exit_branch_layers", True, "whole number"),
+    ("exit_branch_layers", 5, "longer than the way.*at most 1"),
+    ("exit_layers", [1, 5], "between 0 and 4"),
+    ("exit_layers", [-1, 4], "between 0 and 4"),
     ("exit_layers", [2, 1, 4], r"Use \[1, 2, 4\]"),
     ("exit_layers", [1, 1, 4], r"Use \[1, 4\]"),
     ("exit_layers", [1, 2], r"Use \[1, 2, 4\]"),

@@ -51,6 +51,26 @@ def batch():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(("exits", "length"), [([1, 2, 4], 1), ([2, 4], 2)])
+def test_a_branch_takes_the_place_of_the_trunk_s_layers(exits, length):
+    for name in NAMES:
+        own = architectures.model(name, exit_layers=exits, exit_branch_layers=length)
+        if own.architecture.shares_layers:
+            with pytest.raises(ValueError, match="with a branch has no stock counterpart: .*one module"):
+                own.to_stock(exit_at=2)
+            exits = exits[-1:]
+        for depth in exits:
+            answered = own.to_stock(exit_at=depth)(**batch()).logits
+            torch.testing.assert_close(answered, exit_logits(own, depth), atol=2e-6, rtol=1e-5, msg=f"{name} {depth}")
+
+
+def test_no_layers_are_no_stock_model():
+    own = architectures.model("modernbert", exit_layers=[0, 4], exit_pooling="mean")
+    with pytest.raises(ValueError, match="exit on the embeddings has no stock counterpart"):
+        own.to_stock(exit_at=0)
+
+
+@torch.no_grad()
 def exit_logits(own, depth):
     return own(**batch(), exit_at=depth).logits
 

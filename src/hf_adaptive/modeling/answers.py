@@ -36,6 +36,11 @@ class ExitAnswer:
         """The same on another device."""
         return ExitAnswer(self.logits.to(device), None if self.certainty is None else self.certainty.to(device))
 
+    def like_unreached(self) -> "ExitAnswer":
+        """NaN, as an exit says that was not reached."""
+        certainty = None if self.certainty is None else torch.full_like(self.certainty, torch.nan)
+        return ExitAnswer(torch.full_like(self.logits, torch.nan), certainty)
+
     def without_gradient(self) -> "ExitAnswer":
         """The same, free of what it was computed from."""
         certainty = None if self.certainty is None else refuse_gradient(self.certainty)

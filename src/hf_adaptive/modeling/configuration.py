@@ -134,10 +134,15 @@ class ExitsConfigMixin(DecisionsConfigMixin):
 
     Args:
         exit_layers (`list[int]`, *optional*): Layers run before each exit, ascending, the last one the number of
-            layers. Defaults to an exit after each quarter of the layers.
+            layers; 0 is an exit on the embeddings. Defaults to an exit after each quarter of the layers.
         exit_routing (`str` or `float`): Which layers an exit's loss may update: `joint` all below it, `sweet` only
             those since the exit before it, `disjoint` none (heads on a frozen backbone); or the share of a later
-            exit's gradient that passes each boundary, from 0 (as `sweet`) to 1 (as `joint`).
+            exit's gradient that passes each boundary, from 0 (as `sweet`) to 1 (as `joint`). The boundary of an exit
+            beside the trunk (with a branch, or on the embeddings) lies between the trunk and the exit: with `sweet`
+            it updates its branch and head only, and the trunk learns from the last exit as in plain fine-tuning.
+        exit_branch_layers (`int`): Own last layers of every exit but the last and one on the embeddings: a branch,
+            copied from the pretrained layers, that reads the trunk's state so many layers before the exit. At most
+            the distance to the exit before.
         exit_loss_weights (`list[float]`, *optional*): Weight of each exit's loss; None for 1 each.
         exit_pooling (`str`, *optional*): What an exit's head sees: `cls` (first token), `mean` (of the real tokens) or
             `last` (last real token), or `late` (mean after the head's dense layer). Default by architecture.
@@ -161,6 +166,7 @@ class ExitsConfigMixin(DecisionsConfigMixin):
     """
 
     exit_routing: str | float | int = "sweet"
+    exit_branch_layers: int = 0
     exit_pooling: str | None = None
     exit_local_gradients: bool = True
     constant_heads: list | None = None
@@ -173,10 +179,12 @@ class ExitsConfigMixin(DecisionsConfigMixin):
             self.exit_pooling = self.architecture.default_pooling(self)
         if self.constant_heads is not None:
             check_constant_heads(self)
-        check_exit_layers(self.exit_layers, self.num_hidden_layers)
+        check_exit_layers(self.exit_layers, self.num_hidden_layers, first=0)
         self.exit_layers = list(self.exit_layers)
         check_routing(self.exit_routing)
+        check_branch_layers(self.exit_branch_layers, self.exit_layers)
         check_choice("exit_pooling", self.exit_pooling, POOLINGS)
+        check_pooling_of_embeddings(self.exit_pooling, self.exit_layers)
         check_choice("exit_local_gradients", self.exit_local_gradients, (True, False))
         self._check_decisions()
 
@@ -211,10 +219,26 @@ class ExitsConfigMixin(DecisionsConfigMixin):
         """Whether padding on the left has to stay when a batch shrinks: constant attention goes by the position."""
         return bool(self.constant_heads)
 
+    def branch_length(self, depth: int) -> int:
+        """Own layers of the exit at this depth."""
+        return self.exit_branch_layers if 0 < depth < self.num_hidden_layers else 0
+
     @property
     def exit_costs(self) -> list[float]:
-        """Fraction of the layers run up to each exit."""
-        return [depth / self.num_hidden_layers for depth in self.exit_layers]
+        """Fraction of the layers run up to each exit, the branches of the exits before among them: it can exceed 1.
+
+        A branch that nothing asks (see `exit_branch_costs`) is not run; `exit_at` runs the branch of one exit only.
+        """
+        passed = itertools.accumulate(self.exit_branch_costs, initial=0.0)
+        return [depth / self.num_hidden_layers + cost for depth, cost in zip(self.exit_layers, passed)]
+
+    @property
+    def exit_branch_costs(self) -> list[float]:
+        """The part of each exit's cost that is its branch: what a row that goes on has paid for it.
+
+        Saved where the exit's threshold is None, unless `exit_criterion="patience"` compares it with a later exit.
+        """
+        return [self.branch_length(depth) / self.num_hidden_layers for depth in self.exit_layers]
 
 
 def _transferable(values: dict[str, Any]) -> dict[str, Any]:
@@ -237,17 +261,17 @@ def refuse_unknown_fields(given: dict[str, Any], prefixes: tuple[str, ...], know
             raise ValueError(f"unknown configuration field {name!r}; the fields are {', '.join(known)}.{hint}")
 
 
-def check_exit_layers(exit_layers: Any, num_layers: int) -> None:
-    """Raises `ValueError` unless ascending, within the layers, and ending at the last one."""
+def check_exit_layers(exit_layers: Any, num_layers: int, first: int = 1) -> None:
+    """Raises `ValueError` unless ascending, from `first` on within the layers, and ending at the last one."""
     fix = f"Count layers run, ascending, the last one {num_layers} (the number of layers)"
     is_list = isinstance(exit_layers, (list, tuple)) and len(exit_layers) > 0
     if not is_list or not all(isinstance(depth, int) and not isinstance(depth, bool) for depth in exit_layers):
         raise ValueError(f"exit_layers must be a list of whole numbers, got {exit_layers!r}. {fix}.")
-    outside = [depth for depth in exit_layers if not 1 <= depth <= num_layers]
+    outside = [depth for depth in exit_layers if not first <= depth <= num_layers]
     if outside:
         raise ValueError(
-            f"exit_layers must lie between 1 and {num_layers}, got {outside} in {exit_layers}. {fix}; "
-            f"after the first layer is 1, not 0."
+            f"exit_layers must lie between {first} and {num_layers}, got {outside} in {exit_layers}. {fix}; "
+            "after the first layer is 1, not 0."
         )
     if any(later <= earlier for earlier, later in itertools.pairwise(exit_layers)):
         raise ValueError(
@@ -267,6 +291,33 @@ def check_calibration(record: Any) -> None:
         raise ValueError(
             f"exit_calibration must be None or a dict with the keys {', '.join(sorted(keys))}, got {record!r}. It is "
             "written by calibrate_exits; leave it out."
+        )
+
+
+def check_branch_layers(length: Any, exit_layers: list[int]) -> None:
+    """Raises `ValueError` unless a branch of so many layers fits between every exit and the one before it."""
+    if isinstance(length, bool) or not isinstance(length, int) or length < 0:
+        raise ValueError(f"exit_branch_layers must be a whole number of layers, 0 for no branches, got {length!r}.")
+    steps = [later - earlier for earlier, later in itertools.pairwise([0, *exit_layers[:-1]]) if later > 0]
+    if length > 0 and not steps:
+        raise ValueError(
+            f"exit_branch_layers={length}, but there is no exit between the embeddings and the last layer "
+            f"(exit_layers={exit_layers}) that could have a branch. Add exits, or set it to 0."
+        )
+    if length > min(steps, default=0):
+        raise ValueError(
+            f"exit_branch_layers={length} is longer than the way from one exit to the next (exit_layers={exit_layers} "
+            f"are {steps} layers apart): at most {min(steps)}, or move the exits apart."
+        )
+
+
+def check_pooling_of_embeddings(pooling: str, exit_layers: list[int]) -> None:
+    """Raises `ValueError` for an exit on the embeddings that would look at one of them only."""
+    if exit_layers[0] == 0 and pooling in ("cls", "last"):
+        raise ValueError(
+            f"exit_layers={exit_layers} has an exit on the embeddings, where no token knows of the others yet: with "
+            f"exit_pooling={pooling!r} it would see one token, most often the same in every text. Use "
+            "exit_pooling='mean', or leave 0 out of exit_layers."
         )
 
 

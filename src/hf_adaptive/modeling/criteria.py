@@ -64,12 +64,14 @@ class Criterion(ABC):
         problem_types (`tuple[str, ...]`): Where it means something.
         threshold_range (`str`): What a threshold can be, for messages.
         leaves_above (`bool`): Whether a row leaves at or above the threshold; else at or below it.
+        compares_exits (`bool`): Whether an exit's signal depends on what the exits before it said.
     """
 
     name: str
     problem_types: tuple[str, ...] = CLASSIFICATION
     threshold_range: str
     leaves_above: bool = True
+    compares_exits: bool = False
 
     @abstractmethod
     def allows(self, threshold: float) -> bool:
@@ -163,6 +165,7 @@ class Patience(Criterion):
     """
 
     name = "patience"
+    compares_exits = True
     problem_types = (*CLASSIFICATION, "regression")
     threshold_range = "a whole number of exits from 1 on"
 
@@ -245,6 +248,11 @@ class ThresholdPolicy:
     criterion: Criterion
     thresholds: list[float | None]
 
+    def asks(self, exit_index: int) -> bool:
+        """Whether what this exit says can decide where a row leaves."""
+        later = self.thresholds[exit_index + 1 :] if self.criterion.compares_exits else []
+        return any(threshold is not None for threshold in (self.thresholds[exit_index], *later))
+
     def leaves(self, exit_index: int, evidence: Evidence) -> Array:
         """Which rows leave at this exit, booleans of shape `(rows,)`."""
         threshold, functions = self.thresholds[exit_index], evidence.functions
@@ -263,6 +271,10 @@ class ForcedPolicy:
     """
 
     exit_index: int
+
+    def asks(self, exit_index: int) -> bool:
+        """Whether this is the exit."""
+        return exit_index == self.exit_index
 
     def leaves(self, exit_index: int, evidence: Evidence) -> Array:
         """Which rows leave at this exit, booleans of shape `(rows,)`."""

@@ -3,7 +3,8 @@
 Rotem et al., ACL 2023 (arXiv 2306.02307): early exit, section 2; SWEET, section 4.
 """
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,7 @@ from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .answers import Answers, ExitAnswer, Leaving
 from .constant_attention import initialize_constants, install_constant_heads
+from .criteria import ForcedPolicy, Policy
 from .decisions import DecidesRowByRow
 from .heads import CertaintyUnit, ExitHead
 from .inputs import BackboneInputs, positions_of_real_tokens
@@ -39,8 +41,9 @@ class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, GivesStockClassifiers, Predi
 
     In training mode every exit is computed, and the loss is the sum of theirs (`exit_loss_weights`), routed by
     `exit_routing`; under SWEET each segment's activations are freed before the next one is run
-    (`exit_local_gradients`). In evaluation mode each row leaves at the first exit where `exit_criterion` reaches that
-    exit's threshold; the batch shrinks, and a row's answer does not depend on the other rows.
+    (`exit_local_gradients`). An exit before the last may have a branch, layers of its own (`exit_branch_layers`). In
+    evaluation mode each row leaves at the first exit where `exit_criterion` reaches that exit's threshold; the batch
+    shrinks, and a row's answer does not depend on the other rows.
     """
 
     # The loss is a mean over the batch; Trainer must scale it when it accumulates gradients (transformers#47688).
@@ -81,13 +84,35 @@ class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, GivesStockClassifiers, Predi
         path = self.architecture.final_norm
         has_own_norm = path is not None and depth < self.config.num_hidden_layers
         norm = self.base_model.get_submodule(path) if has_own_norm else None
-        return ExitHead(self.config, self.architecture.head, norm)
+        return ExitHead(self.config, self.architecture.head, norm, self._make_branch(depth))
+
+    def _make_branch(self, depth: int) -> list[nn.Module]:
+        """Copies of the trunk's layers before an exit."""
+        # Not of the configuration that layers know: a change of the attention implementation reaches the branch, too.
+        known = (self.config, self.base_model.config)
+        return [
+            copy.deepcopy(self._layer_at(own), {id(config): config for config in known})
+            for own in range(depth - self.config.branch_length(depth), depth)
+        ]
+
+    def _layer_at(self, depth: int) -> nn.Module:
+        """The module that is run as the layer at this depth (ALBERT has fewer modules than layers)."""
+        return self._layers[depth * len(self._layers) // self.config.num_hidden_layers]
+
+    def _start_branches_anew(self) -> None:
+        """Copies the trunk's layers into the branches once more: it was loaded, they were not."""
+        for depth, head in zip(self.config.exit_layers, self.exits):
+            branch = cast(ExitHead, head).branch
+            for own, layer in zip(range(depth - len(branch), depth), branch):
+                layer.load_state_dict(self._layer_at(own).state_dict())
 
     def _check_routing_of_shared_layers(self) -> None:
-        if self.architecture.shares_layers and 0 < gradient_share(self.config.exit_routing) < 1:
+        is_share = 0 < gradient_share(self.config.exit_routing) < 1
+        if self.architecture.shares_layers and is_share and not self._has_branches:
             raise ValueError(
                 f"exit_routing={self.config.exit_routing!r} has no meaning for {self.architecture.name}, whose layers "
-                "are one shared module: use 'joint', 'sweet' (the module learns from the first exit) or 'disjoint'."
+                "are one shared module: use 'joint', 'sweet' (the module learns from the first exit) or "
+                "'disjoint'; or set exit_branch_layers=1, for layers of the exits' own."
             )
 
     @property
@@ -216,19 +241,27 @@ class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, GivesStockClassifiers, Predi
     # Running everything
 
     def _run_everything(self, inputs: BackboneInputs, flags: dict[str, bool]) -> tuple[Answers, Any]:
-        share = gradient_share(self.config.exit_routing)
-        is_checkpointed = self._is_checkpointed
+        across_boundary = self._boundary()
         answers: list[ExitAnswer] = []
 
         def at_exit(depth: int, hidden: torch.Tensor) -> torch.Tensor:
             answers.append(self._exit_answer(len(answers), hidden, inputs))
-            passed = pass_gradient(hidden, share)
-            # A reentrant checkpoint gives a layer no gradient if its input needs none.
-            return passed.requires_grad_(hidden.requires_grad) if is_checkpointed else passed
+            return across_boundary(hidden)
 
         outputs, _ = self._run_layers(inputs, at_exit, flags)
         answers.append(self._exit_answer(len(answers), outputs.last_hidden_state, inputs))
         return Answers.of_every_exit(answers), outputs
+
+    def _boundary(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What a tensor goes through on its way from one segment to the next, or to an exit beside the trunk."""
+        share, is_checkpointed = gradient_share(self.config.exit_routing), self._is_checkpointed
+
+        def across(tensor: torch.Tensor) -> torch.Tensor:
+            passed = pass_gradient(tensor, share)
+            # A reentrant checkpoint gives a layer no gradient if its input needs none.
+            return passed.requires_grad_(tensor.requires_grad) if is_checkpointed else passed
+
+        return across
 
     @property
     def _is_checkpointed(self) -> bool:
@@ -276,19 +309,23 @@ class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, GivesStockClassifiers, Predi
         flags: dict[str, bool] | None = None,
         progress: Progress | None = None,
         stop: int | None = None,
+        policy: Policy | None = None,
     ) -> tuple[Any, Progress]:
-        """Runs the backbone, from `progress` on and up to `stop` layers.
+        """Runs the backbone, from `progress` on and up to the exit after `stop` layers.
 
-        Outputs are None where it was paused, by `at_exit` or at `stop`, and mean nothing where it was traced to there.
+        With a policy, branches that it does not ask are not run. Outputs are None where it was paused, by `at_exit` or
+        at `stop`, and mean nothing where it was traced to there.
         """
         run = LayerRun(
             self._layers,
-            tuple(self.config.exit_layers[:-1]),
+            self._branches(policy),
             at_exit,
+            to_exit=self._boundary(),
             shared_gradient=self._shared_gradient,
             may_learn_again=self._may_learn_again,
             progress=progress,
             stop=stop,
+            trunk_waits=policy is not None,
         )
         arguments = {**inputs.tensors, **self.architecture.forward_arguments, **(flags or {})}
         try:
@@ -296,6 +333,15 @@ class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, GivesStockClassifiers, Predi
                 return self.base_model(**arguments, return_dict=True), run.progress
         except Pause:
             return None, run.progress
+
+    def _branches(self, policy: Policy | None) -> Mapping[int, Sequence[nn.Module]]:
+        """Each exit's own layers, by the depth of the exit; of those before the last that are to be run."""
+        branches = [list(cast(ExitHead, head).branch) for head in self.exits][:-1]
+        return {
+            depth: branch
+            for index, (depth, branch) in enumerate(zip(self.config.exit_layers, branches))
+            if not branch or policy is None or policy.asks(index)
+        }
 
     def _shared_gradient(self, depth: int, tensor: torch.Tensor) -> torch.Tensor:
         # What layers share (DeBERTa's relative embeddings) learns as a layer of the first segment does.
@@ -306,12 +352,16 @@ class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, GivesStockClassifiers, Predi
         return gradient_share(self.config.exit_routing) > 0 or self._segment(first) == self._segment(depth)
 
     def _segment(self, depth: int) -> int:
-        """Index of the segment of the layer at this depth."""
-        return sum(exit_depth <= depth for exit_depth in self.config.exit_layers)
+        """Index of the segment of the layer at this depth; exits beside the trunk do not divide it."""
+        return 0 if self._has_branches else sum(0 < own <= depth for own in self.config.exit_layers)
+
+    @property
+    def _has_branches(self) -> bool:
+        return self.config.exit_branch_layers > 0
 
     def _exit_answer(self, index: int, hidden: torch.Tensor, inputs: BackboneInputs) -> ExitAnswer:
         head = cast(ExitHead, self.exits[index])
-        if self.config.exit_routing == "disjoint":
+        if self.config.exit_routing == "disjoint" and not head.branch:
             hidden = hidden.detach()
         mask = None if inputs.mask is None else inputs.mask.to(hidden.device)
         pooled = head.pool(hidden, self.config.exit_pooling, mask)
@@ -322,16 +372,30 @@ class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, GivesStockClassifiers, Predi
 
     # Leaving early
 
+    def _forced_policy(self, thresholds: Any, exit_at: int) -> Policy | None:
+        policy = super()._forced_policy(thresholds, exit_at)
+        if policy is None and self._has_branches and not self.training:
+            return ForcedPolicy(len(self.exits) - 1)  # without the branches of the exits before
+        return policy
+
     def _run_until(self, inputs: BackboneInputs, index: int) -> Answers:
         """Runs all rows up to one exit, which all of them take."""
-        answers: list[ExitAnswer] = []
+        answers: dict[int, ExitAnswer] = {}
+
+        def note(own: int, hidden: torch.Tensor) -> None:
+            answers[own] = self._exit_answer(own, hidden, inputs).to(inputs.device)
 
         def at_exit(depth: int, hidden: torch.Tensor) -> torch.Tensor:
-            answers.append(self._exit_answer(len(answers), hidden, inputs).to(inputs.device))
+            note(self.config.exit_layers.index(depth), hidden)
             return hidden
 
-        self._run_layers(inputs, at_exit, stop=self.config.exit_layers[index])
-        return Answers.of_every_exit(answers, unreached=len(self.exits) - len(answers))
+        is_last = index == len(self.exits) - 1
+        stop = None if is_last else self.config.exit_layers[index]
+        outputs, _ = self._run_layers(inputs, at_exit, policy=ForcedPolicy(index), stop=stop)
+        if is_last:
+            note(index, outputs.last_hidden_state)
+        said = [answers.get(own, answers[index].like_unreached()) for own in range(index + 1)]
+        return Answers.of_every_exit(said, unreached=len(self.exits) - len(said))
 
     def _run_until_rows_leave(self, leaving: Leaving, progress: Progress | None = None) -> Progress | None:
         """Runs a batch to the next exit where a row leaves; None if no row is left or the last layer was run."""
@@ -344,7 +408,7 @@ class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, GivesStockClassifiers, Predi
                 raise Pause
             return hidden
 
-        outputs, progress = self._run_layers(leaving.inputs, at_exit, progress=progress)
+        outputs, progress = self._run_layers(leaving.inputs, at_exit, progress=progress, policy=leaving.policy)
         if outputs is None:
             return progress if len(leaving.staying) else None
         last = len(self.exits) - 1

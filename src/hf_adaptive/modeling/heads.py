@@ -1,7 +1,7 @@
 """An exit's own classification head, and the ways to make one vector of a sequence."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,10 +77,12 @@ class ExitHead(nn.Module):
         head (`Head`): How the architecture builds its head.
         final_norm (`nn.Module`, *optional*): The normalisation that the backbone applies after its last layer. An
             earlier exit gets its own copy, because its hidden state has not been through it.
+        branch (`Sequence[nn.Module]`): Layers of its own, which are run before it.
     """
 
-    def __init__(self, config: Any, head: Head, final_norm: nn.Module | None = None):
+    def __init__(self, config: Any, head: Head, final_norm: nn.Module | None = None, branch: Sequence[nn.Module] = ()):
         super().__init__()
+        self.branch = nn.ModuleList(branch)
         self.final_norm = copy.deepcopy(final_norm)
         self.input_dropout = nn.Dropout(head.input_dropout(config))
         self.dense = self.activation = None

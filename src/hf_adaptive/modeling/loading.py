@@ -35,7 +35,8 @@ class LoadsPlainCheckpoints(ModelBase):
         """Loads a checkpoint saved with exits, or gives exits to a plain one of the same architecture.
 
         From a plain checkpoint the backbone is loaded by the stock classifier's own code; each exit's head starts as a
-        copy of the stock head where the checkpoint has one, else of its pretrained pooler; what is new is reported.
+        copy of the stock head where the checkpoint has one, else of its pretrained pooler, and its branch as a copy of
+        the layers before it; what is new is reported.
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): Hub name or folder.
@@ -82,7 +83,9 @@ class LoadsPlainCheckpoints(ModelBase):
         # and reported as such.
         has_exits = any(f"exits.{key}" not in info["missing_keys"] for key in model.exits.state_dict())
         if has_exits:
-            _check_exits(path, info, saved.get("exit_layers"), model.config.exit_layers)
+            _check_exits(path, info, saved, model.config)
+        else:
+            model._start_branches_anew()
         check_constants_loaded(info["missing_keys"])
         model._exits_are_untrained = not has_exits
         return (model, info) if wants_info else model
@@ -152,15 +155,17 @@ def check_config(model_class: Any, config: Any) -> None:
         )
 
 
-def _check_exits(path: str | os.PathLike, info: dict[str, Any], saved: list[int] | None, exits: list[int]) -> None:
+def _check_exits(path: str | os.PathLike, info: dict[str, Any], saved: dict[str, Any], config: Any) -> None:
     missing = sorted(key for key in info["missing_keys"] if key.startswith("exits."))
     surplus = sorted(key for key in info["unexpected_keys"] if key.startswith("exits."))
-    if not missing and not surplus and saved in (None, exits):
+    exits, saved_exits = config.exit_layers, saved.get("exit_layers")
+    if not missing and not surplus and saved_exits in (None, exits):
         return
     raise ValueError(
-        f"the exits in {path} do not fit its configuration: exit_layers={exits}, saved with {saved}; missing "
-        f"{missing}, left over {surplus}. Load it with the exit_layers that it was saved with, or start from the "
-        "plain checkpoint to change them."
+        f"the exits in {path} do not fit its configuration: exit_layers={exits}, saved with {saved_exits}; "
+        f"exit_branch_layers={config.exit_branch_layers}, saved with {saved.get('exit_branch_layers', 0)}; missing "
+        f"{missing}, left over {surplus}. Load it with the exit_layers and exit_branch_layers that it was saved with, "
+        "or start from the plain checkpoint to change them."
     )
 
 
@@ -218,9 +223,26 @@ class _StockCheckpoint:
         with torch.device("meta"), no_init_weights():
             names = self.model_class(self.config).state_dict().keys()
         own = {key: tensor for key, tensor in self.model.state_dict().items() if key not in self.new}
+        copies |= self._branches(own)
         known = {name: tensor for name, tensor in {**own, **copies}.items() if name in names}
         # Without content, so that the final load reports them as any load does.
         return {**{key: torch.empty(0) for key in self._surplus()}, **known}
+
+    def _branches(self, own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Weights of the exits' own layers: copies of those of the trunk's layers at the same depths."""
+        modules = len(self.model.base_model.get_submodule(self.architecture.layers))
+        copies: dict[str, torch.Tensor] = {}
+        for index, depth in enumerate(self.config.exit_layers):
+            length = self.config.branch_length(depth)
+            for position in range(length):
+                source = (depth - length + position) * modules // self.config.num_hidden_layers
+                prefix = f"{self.model.base_model_prefix}.{self.architecture.layers}.{source}."
+                copies |= {
+                    f"exits.{index}.branch.{position}.{key.removeprefix(prefix)}": tensor.clone()
+                    for key, tensor in own.items()
+                    if key.startswith(prefix)
+                }
+        return copies
 
     def _surplus(self) -> set[str]:
         """Weights of the checkpoint that neither backbone nor heads use."""

@@ -17,7 +17,8 @@ class SequenceClassifierWithExitsOutput(ModelOutput):
             Scores (before the softmax) of the exit that each row took. Missing in training mode without labels:
             there is no single answer to train on then, see `exit_logits`.
         exit_logits (`torch.Tensor` of shape `(batch, exits, labels)`):
-            Scores of every exit, divided by its temperature; NaN where a row had left before.
+            Scores of every exit, divided by its temperature; NaN where a row had left before, or where the exit has a
+            branch that nothing asked for.
         exit_index (`torch.LongTensor` of shape `(batch,)`):
             The exit that each row took, an index into `config.exit_layers`.
         exit_certainty (`torch.Tensor` of shape `(batch, exits)`, *optional*):

@@ -17,7 +17,8 @@ class GivesStockClassifiers(ModelBase):
 
         It has weights of its own and no code but that of transformers: it is saved, exported, quantised and served as
         any stock model. The exit's temperature is part of its last linear layer. Stock classifiers that take the first
-        token take the first *position*: give them rows padded on the right.
+        token take the first *position*: give them rows padded on the right. An exit's branch takes the place of
+        the trunk's layers beside it.
 
         Args:
             exit_at (`int`): The exit after this layer, one of `exit_layers`.
@@ -27,14 +28,16 @@ class GivesStockClassifiers(ModelBase):
 
         Raises:
             ValueError: No exit there; an `exit_pooling` that the stock class does not have (the message names those
-                that it has), or constant heads, layers or a head that no stock class has.
+                that it has), or constant heads, layers or a head that no stock class has; an exit on the embeddings.
         """
         index = self._exit_index(exit_at)
-        self._check_stock_counterpart()
+        self._check_stock_counterpart(index)
         config = config_of_first_layers(self.config.to_plain(), exit_at)
         poolings = self.architecture.classifier_poolings
         if poolings:
             config.classifier_pooling = poolings[self.config.exit_pooling]
+        if exit_at == len(self.exits[index].branch) and hasattr(config, "conv_kernel_size"):
+            config.conv_kernel_size = 0  # DeBERTa-v2's convolution belongs to the trunk
         if self.architecture.shares_layers:
             config.num_hidden_groups = _groups_of_first_layers(self.config, exit_at)
         stock = self.architecture.stock("ForSequenceClassification")._from_config(config, dtype=self.dtype)
@@ -43,9 +46,16 @@ class GivesStockClassifiers(ModelBase):
         divide_by_temperature(stock.get_submodule(self.architecture.head.classifier), self.config, index)
         return stock.to(self.device).eval()
 
-    def _check_stock_counterpart(self) -> None:
+    def _check_stock_counterpart(self, index: int) -> None:
         """Raises `ValueError` where no stock class computes what an exit does."""
         own, pooling = self.architecture, self.config.exit_pooling
+        if self.config.exit_layers[index] == 0:
+            raise ValueError("the exit on the embeddings has no stock counterpart: there is no layer before it.")
+        if own.shares_layers and len(self.exits[index].branch):
+            raise ValueError(
+                f"an exit of {own.name} with a branch has no stock counterpart: there, all layers are one module. Use "
+                "the last exit."
+            )
         if own.head.classifier is None:
             raise ValueError(
                 f"{own.name} has no stock classifier that an exit could become. Use exit_at in forward or predict."
@@ -76,7 +86,16 @@ class GivesStockClassifiers(ModelBase):
             if getattr(self.exits[index], part) is not None
             for name in getattr(self.exits[index], part).state_dict()
         }
-        return {name: head[name] if name in head else own[name] for name in names}
+        return {name: head[name] if name in head else own[self._own_name(index, name)] for name in names}
+
+    def _own_name(self, index: int, name: str) -> str:
+        """The name here of a stock backbone's weight, which may be one of the exit's branch."""
+        prefix = f"{self.base_model_prefix}.{self.architecture.layers}."
+        if not name.startswith(prefix):
+            return name
+        layer, _, rest = name.removeprefix(prefix).partition(".")
+        position = int(layer) - (self.config.exit_layers[index] - len(self.exits[index].branch))
+        return name if position < 0 else f"exits.{index}.branch.{position}.{rest}"
 
 
 def config_of_first_layers(config: Any, depth: int) -> Any:
