@@ -7,6 +7,10 @@ import pytest
 import torch
 
 from hf_adaptive import AutoModelForSequenceClassificationWithExits as WithExits
+from hf_adaptive import calibrate_exits, evaluate_exits
+from hf_adaptive.calibration.exit_table import ExitTable
+from hf_adaptive.calibration.threshold_search import find_thresholds
+from hf_adaptive.calibration.wishes import make_wish
 from tests import tiny
 from tests.modeling import architectures
 from tests.modeling.test_architectures import assert_rows_leave_alike_alone, assert_same, gradients, stock_weights
@@ -259,6 +263,44 @@ def test_costs_count_the_branches_passed():
     assert branched("bert", exit_layers=(2, 4), exit_branch_layers=2).config.exit_costs == [2 / 4, (2 + 4) / 4]
 
 
+def test_costs_under_thresholds_leave_out_what_is_not_run():
+    config = branched("bert").config
+    assert config.exit_costs_under([None, 0.9]) == [1 / 4, 2 / 4, 5 / 4]
+    assert config.exit_costs_under([0.9, None]) == [1 / 4, 3 / 4, 5 / 4]
+    assert config.exit_costs_under(0.9) == config.exit_costs_under([None, None]) == config.exit_costs
+    config = branched("bert", exit_criterion="patience").config
+    assert config.exit_costs_under([None, 2]) == config.exit_costs
+
+
+def test_a_report_and_a_calibration_count_the_branches():
+    own = architectures.model("bert", exit_branch_layers=1)
+    labels = own(**INPUTS).exit_logits[:, -1].argmax(dim=-1).tolist()
+    examples = [{**example, "labels": label} for example, label in zip(examples_of(INPUTS), labels)]
+    quiet = {"show_progress": False}
+    report = evaluate_exits(own, examples, thresholds=[0.0, 1.0], timed_examples=0, **quiet)
+    assert report.costs == own.config.exit_costs
+    assert [point.cost for point in report.curve] == [1 / 4, 6 / 4]
+    found = calibrate_exits(own, examples, target_cost=0.6, temperatures=False, **quiet)
+    taken = own.predict(examples, **quiet).exit_index
+    costs = torch.tensor(own.config.exit_costs_under(own.config.exit_thresholds))
+    assert found.choice.measured.mean_cost == pytest.approx(costs[taken].mean().item())
+    assert found.choice.measured.mean_cost <= 0.6
+
+
+def test_a_wish_is_not_granted_at_more_than_the_last_exit_s_own_cost():
+    """Branches that most rows pass: cheaper than running everything is not cheap enough."""
+    scores = torch.tensor([[0.9, 0.1, 1.0]] + [[0.1, 0.1, 1.0]] * 3)
+    agrees = torch.tensor([[True, False, True]] + [[False, False, True]] * 3)
+    costs = torch.tensor([0.25, 0.75, 1.5])
+    table = ExitTable(scores, agrees, costs, branch_costs=torch.tensor([0.25, 0.25, 0.0]))
+    wish = make_wish(max_disagreement=0.0)
+    assert table.measure((0.5, 0.5)).mean_cost == pytest.approx((0.25 + 3 * 1.5) / 4)
+    assert table.measure((0.5, None)).mean_cost == pytest.approx((0.25 + 3 * 1.25) / 4)
+    assert not find_thresholds(table, wish).found
+    assert find_thresholds(table, wish, per_exit=True).found == (table.measure((0.5, None)).mean_cost <= 1.0)
+    assert find_thresholds(ExitTable(scores, agrees, costs), wish).found
+
+
 # Architectures whose layers are one module
 
 
@@ -309,3 +351,23 @@ def test_a_copy_is_a_model_of_its_own():
     own = branched("bert")
     other = copy.deepcopy(own)
     assert not {id(parameter) for parameter in own.parameters()} & {id(parameter) for parameter in other.parameters()}
+
+
+# As one graph
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("exits", "length", "depth"), [([1, 2, 4], 1, 1), ([1, 2, 4], 1, 2), ([2, 4], 2, 2)])
+def test_an_exit_with_a_branch_is_exported(exits, length, depth):
+    own = architectures.model("bert", exit_layers=exits, exit_branch_layers=length)
+
+    class OneExit(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.own = own
+
+        def forward(self, input_ids, attention_mask):
+            return self.own(input_ids=input_ids, attention_mask=attention_mask, exit_at=depth).logits
+
+    graph = torch.export.export(OneExit(), (), INPUTS).module()
+    torch.testing.assert_close(graph(**INPUTS), own(**INPUTS, exit_at=depth).logits, atol=2e-6, rtol=1e-5)

@@ -332,7 +332,15 @@ class ExitCalibrator:
         scores = signals if self.criterion.leaves_above else -signals
         agrees, correct = self._agreement(logits)
         costs = torch.tensor(self.config.exit_costs, dtype=torch.float64)
-        return ExitTable(scores, agrees, costs, correct, lowest_score=self._lowest_score())
+        return ExitTable(
+            scores, agrees, costs, correct, lowest_score=self._lowest_score(), branch_costs=self._branch_costs()
+        )
+
+    def _branch_costs(self) -> torch.Tensor | None:
+        """What is saved at exits that nothing may take; a criterion that compares exits hears them all the same."""
+        if self.criterion.compares_exits:
+            return None
+        return torch.tensor(self.config.exit_branch_costs, dtype=torch.float64)
 
     def _stretched(self, ranges: list[tuple[float, float]] | None) -> torch.Tensor | None:
         if ranges is None or self.certainty is None:

@@ -45,9 +45,12 @@ class ExitTable:
             mapped before). NaN never leaves. The last column is not used.
         agrees: `(examples, exits)` bool: same answer as the last exit; the last column is all true.
         costs: `(exits,)` cost of an example that leaves at each exit, ascending: the fraction of the layers run, and
-            for a cascade the sum over the members run, which may exceed 1.
+            for a cascade the sum over the members run, which may exceed 1, as it may with branches.
         correct: `(examples, exits)` bool: right answer; None when there are no labels.
         lowest_score: the lowest score possible, if there is one: a threshold there makes everything leave.
+        branch_costs: `(exits,)` the part of the costs after each exit that is saved where its threshold is None: its
+            branch. `measure` leaves it out; a search does not know of it, so that what it finds costs no more than it
+            says.
 
     Raises:
         ValueError: shapes that do not fit, infinite scores, costs that do not ascend.
@@ -58,6 +61,7 @@ class ExitTable:
     costs: Tensor
     correct: Tensor | None = None
     lowest_score: float | None = None
+    branch_costs: Tensor | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scores", self.scores.detach().to("cpu", torch.float64))
@@ -126,13 +130,25 @@ class ExitTable:
             accuracy = _share_at(self.correct, taken)
             accuracy_drop = self.correct[:, -1].double().mean().item() - accuracy
         return OperatingPoint(
-            mean_cost=self.costs[taken].mean().item(),
+            mean_cost=self._costs_under(thresholds)[taken].mean().item(),
             disagreement=1 - _share_at(self.agrees, taken),
             exit_shares=tuple((torch.bincount(taken, minlength=self.num_exits).double() / self.num_examples).tolist()),
             num_examples=self.num_examples,
             accuracy=accuracy,
             accuracy_drop=accuracy_drop,
         )
+
+    def saves(self, thresholds: Sequence[float | None]) -> bool:
+        """Whether rows may leave early, and it costs no more than the last exit alone, without any branch."""
+        passed = 0.0 if self.branch_costs is None else self.branch_costs.sum().item()
+        limit = self.costs[-1].item() - passed + 1e-9
+        return tuple(thresholds) != self.run_everything and self.measure(thresholds).mean_cost <= limit
+
+    def _costs_under(self, thresholds: Sequence[float | None]) -> Tensor:
+        if self.branch_costs is None or tuple(thresholds) == self.run_everything:
+            return self.costs
+        saved = torch.tensor([*(threshold is None for threshold in thresholds), False]) * self.branch_costs
+        return self.costs - (saved.cumsum(0) - saved)
 
     def _check_scores(self) -> None:
         if self.scores.ndim != 2 or self.scores.shape[0] < 1 or self.scores.shape[1] < 2:

@@ -64,7 +64,8 @@ def find_guaranteed_thresholds(
     _check_size(testing.num_examples, wish, confidence)
     test = _Test(testing, rule)
     thresholds = test.last_passing_shared() if candidates is None else test.last_passing_of(candidates)
-    found = thresholds != testing.run_everything
+    found = testing.saves(thresholds)
+    thresholds = thresholds if found else testing.run_everything
     guarantee = Guarantee(confidence, test.p_value(thresholds), rule.name, testing.num_examples)
     return ThresholdChoice(
         wish=wish,

@@ -27,8 +27,8 @@ def find_thresholds(table: ExitTable, wish: Wish, per_exit: bool = False) -> Thr
     """
     objective = objective_of(wish, reward_of(table, wish))
     thresholds = _best_per_exit(table, wish, objective) if per_exit else _best_shared(table, wish, objective)
-    found = thresholds is not None and (wish.name == "target_cost" or any(t is not None for t in thresholds))
-    if thresholds is None:
+    found = thresholds is not None and (wish.name == "target_cost" or table.saves(thresholds))
+    if thresholds is None or not found:
         thresholds = table.run_everything
     return ThresholdChoice(wish, found, thresholds, per_exit, table.measure(thresholds))
 

@@ -69,8 +69,8 @@ class ThresholdChoice:
 
     Attributes:
         wish: what was asked.
-        found: False if nothing grants the wish (or, for a bound on the quality, nothing cheaper than running
-            everything does); then every threshold is None and the model runs all layers.
+        found: False if nothing grants the wish (or, for a bound on the quality, nothing cheaper than the last exit
+            alone does); then every threshold is None and the model runs everything.
         thresholds: one for every exit but the last, on the scale of the scores; None = nobody leaves there.
         per_exit: whether the thresholds were allowed to differ.
         measured: what the setting does on the examples it was chosen (with a guarantee: tested) on.
@@ -100,7 +100,8 @@ def make_wish(
     """Exactly one of the three, checked.
 
     Args:
-        target_cost: above 0; 1 is the cost of all layers of one model (a cascade may cost more).
+        target_cost: above 0; 1 is the cost of all layers of one model (a cascade, or exits with branches, may cost
+            more).
         max_accuracy_drop: from 0 up to, not including, 1; half a point is 0.005.
         max_disagreement: from 0 up to, not including, 1.
 

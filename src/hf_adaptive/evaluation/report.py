@@ -73,7 +73,8 @@ class ExitReport:
 
     Args:
         exit_layers (`list[int]`): Layers run before each exit.
-        costs (`list[float]`): The same as a fraction of all layers (heads and embeddings cost nothing here).
+        costs (`list[float]`): The same as a fraction of all layers (heads and embeddings cost nothing here), with the
+            branches passed, so that it can exceed 1.
         accuracy (`list[float]`): By exit: every example answered by that exit.
         metric_name (`str`): What `accuracy` is; `accuracy` unless another metric was given.
         curve (`list[CurvePoint]`): Over thresholds, ascending.
@@ -335,7 +336,7 @@ def _curve_point(
     shares = exit_index.bincount(minlength=len(config.exit_layers)) / len(exit_index)
     return CurvePoint(
         threshold=threshold,
-        cost=float(shares.double() @ torch.tensor(config.exit_costs, dtype=torch.float64)),
+        cost=float(shares.double() @ torch.tensor(config.exit_costs_under(threshold), dtype=torch.float64)),
         accuracy=score(metric, taken, labels, problem_type(config)),
         exit_distribution=shares.tolist(),
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from .constant_attention import check_constant_heads
-from .criteria import CRITERIA
+from .criteria import CRITERIA, ThresholdPolicy
 from .heads import POOLINGS
 from .routing import SHARES
 from .saving import ReadsWhole
@@ -122,6 +122,29 @@ class DecisionsConfigMixin(ReadsWhole):
                 raise ValueError(f"{name}[{position}] must be {allowed}, got {value!r}.")
         setattr(self, name, list(values))
 
+    @property
+    def exit_branch_costs(self) -> list[float]:
+        """The part of each exit's cost that is its branch: what a row that goes on has paid for it.
+
+        Saved where the exit's threshold is None, unless `exit_criterion="patience"` compares it with a later exit.
+        """
+        return [0.0] * len(self.exit_layers)
+
+    def exit_costs_under(self, thresholds: Any) -> list[float]:
+        """`exit_costs` with these thresholds: without the branches that are not run then.
+
+        Raises:
+            ValueError: As `checked_thresholds`.
+        """
+        thresholds = self.checked_thresholds(thresholds)
+        policy = ThresholdPolicy(CRITERIA[self.exit_criterion], thresholds)
+        runs_everything = all(threshold is None for threshold in thresholds)
+        saved = [
+            0.0 if runs_everything or policy.asks(index) else cost
+            for index, cost in enumerate(self.exit_branch_costs[:-1])
+        ]
+        return [cost - gone for cost, gone in zip(self.exit_costs, itertools.accumulate(saved, initial=0.0))]
+
     @classmethod
     def added_fields(cls) -> tuple[str, ...]:
         """Names of the fields that this configuration adds to the plain one."""
@@ -234,10 +257,7 @@ class ExitsConfigMixin(DecisionsConfigMixin):
 
     @property
     def exit_branch_costs(self) -> list[float]:
-        """The part of each exit's cost that is its branch: what a row that goes on has paid for it.
-
-        Saved where the exit's threshold is None, unless `exit_criterion="patience"` compares it with a later exit.
-        """
+        """As in any configuration with exits; branches are what this one has."""
         return [self.branch_length(depth) / self.num_hidden_layers for depth in self.exit_layers]
 
 
