@@ -1,6 +1,7 @@
-"""From a pretrained encoder to a shared early-exit classifier, on real text, in a few minutes on a CPU.
+"""From a pretrained encoder to a shared classifier that keeps a promise, on real text, in minutes on a CPU.
 
-Fine-tunes with SWEET, prints what each exit is worth, chooses an operating point, saves checkpoint, plot and card, and
+Fine-tunes an encoder with exits and, beside it, the plain model; asks for thresholds that lose at most one point of
+accuracy with 95 % confidence; and compares the promise with test data. Then it saves checkpoint, picture and card, and
 classifies a few sentences in a fresh process that does not have this package. Any encoder and data by flags:
 
     python examples/quickstart.py
@@ -13,13 +14,22 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import torch
-from datasets import Dataset, DatasetDict
-from transformers import AutoTokenizer, DataCollatorWithPadding, HfArgumentParser, TrainingArguments, set_seed
+from datasets import DatasetDict
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    HfArgumentParser,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 from hf_adaptive import (
     AutoModelForSequenceClassificationWithExits,
+    CalibrationReport,
     ExitReport,
     ExitsTrainer,
     calibrate_exits,
@@ -38,17 +48,28 @@ SENTENCES = {
         "For a sequel nobody asked for, this is better than it has any right to be.",
     ],
 }
+STEPS = 6
 
 
 @dataclass
 class ModelArguments:
-    """Which encoder gets which exits."""
+    """Which encoder gets which exits, and what is asked of them."""
 
     model: str = field(default="minilm", metadata={"help": "'minilm' (from PyPI), a Hub name or a local folder."})
     exit_layers: list[int] = field(default_factory=lambda: [1, 2, 4, 6], metadata={"help": "Layers before each exit."})
     exit_routing: str = field(default="sweet", metadata={"help": "'sweet', 'joint' or 'disjoint'."})
     exit_pooling: str | None = field(default="mean", metadata={"help": "'cls', 'mean' or 'last'."})
-    max_accuracy_drop: float = field(default=0.005, metadata={"help": "What speed may cost, on the validation data."})
+    max_accuracy_drop: float = field(default=0.01, metadata={"help": "What leaving early may cost: 0.01 is a point."})
+    confidence: float = field(default=0.95, metadata={"help": "How surely that is to hold on new data."})
+
+
+@dataclass
+class DemoDataArguments(DataArguments):
+    """`DataArguments` with less to train on, and more to test a promise on."""
+
+    max_train_examples: int = field(default=2500, metadata={"help": "Training examples at most."})
+    max_eval_examples: int = field(default=2500, metadata={"help": "Validation and test examples at most, each."})
+    held_out: float = field(default=0.25, metadata={"help": "Share held out for each split that the data lack."})
 
 
 @dataclass
@@ -61,41 +82,91 @@ class DemoTrainingArguments(TrainingArguments):
     per_device_eval_batch_size: int = field(default=32)
     learning_rate: float = field(default=2e-4)
     warmup_steps: float = field(default=0.1)
-    eval_strategy: str = field(default="epoch")
     save_strategy: str = field(default="no")
     logging_steps: float = field(default=50)
     report_to: str = field(default="none")
 
 
+@dataclass
+class Demo:
+    """What the steps share: the encoder, its tokenizer, the data and how to train."""
+
+    path: str
+    tokenizer: Any
+    splits: DatasetDict
+    arguments: TrainingArguments
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Configuration fields of any classifier of these data."""
+        names = self.splits["train"].features["label"].names
+        return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+
+    def train(self, model: Any, trainer_class: type[Trainer]) -> Trainer:
+        """Fine-tunes a model, from the same seed as every other."""
+        set_seed(self.arguments.seed)
+        trainer = trainer_class(
+            model=model,
+            args=self.arguments,
+            train_dataset=self.splits["train"],
+            processing_class=self.tokenizer,
+            data_collator=DataCollatorWithPadding(self.tokenizer),
+        )
+        trainer.train()
+        model.eval()
+        return trainer
+
+
 def main() -> None:
     """Runs the whole demonstration."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, DemoTrainingArguments), description=__doc__)
-    model_arguments, data_arguments, training_arguments = parser.parse_args_into_dataclasses()
-    set_seed(training_arguments.seed)
-    checkpoint = Path(training_arguments.output_dir) / "checkpoint"
+    parser = HfArgumentParser((ModelArguments, DemoDataArguments, DemoTrainingArguments), description=__doc__)
+    wanted, data, training = parser.parse_args_into_dataclasses()
+    start = time.perf_counter()
 
-    name = Path(training_arguments.output_dir).name
-    path = encoder_path(model_arguments.model)
+    say(1, "Reading the encoder and the texts.")
+    path = encoder_path(wanted.model)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    splits = tokenised(load_splits(data_arguments), tokenizer, data_arguments.max_length)
-    model = model_with_exits(path, splits, model_arguments)
-    trainer = train(model, splits, tokenizer, training_arguments)
-    calibration = calibrate_exits(model, splits["validation"], max_accuracy_drop=model_arguments.max_accuracy_drop)
-    print(f"\nCalibrated on validation data: {calibration}")
-    report = evaluate_exits(model.eval(), splits["test"])
-    print_result(report, model, splits["test"])
-    trainer.report.plot(checkpoint / PLOT_FILE)
-    model.save_pretrained(checkpoint)
-    tokenizer.save_pretrained(checkpoint)
-    card = model_card(model, trainer.report, repo_id=name, dataset_name=data_arguments.dataset, plot_file=PLOT_FILE)
-    write_model_card(card, checkpoint, overwrite=True)
-    print(f"\nCheckpoint, with plot (exits.png) and card (README.md): {checkpoint}")
-    sentences = SENTENCES.get(data_arguments.dataset) or [text[:100] for text in splits["test"]["text"][:4]]
-    print("\nIn a fresh process, without hf_adaptive:", flush=True)
+    demo = Demo(path, tokenizer, tokenised(load_splits(data), tokenizer, data.max_length), training)
+    print("; ".join(f"{len(split)} texts to {use}" for split, use in zip(demo.splits.values(), USES)))
+
+    say(2, "Fine-tuning the plain model, to compare with.")
+    plain = AutoModelForSequenceClassification.from_pretrained(path, **demo.fields)
+    demo.train(plain, Trainer)
+
+    say(3, f"Fine-tuning the same encoder with exits after layers {wanted.exit_layers}.")
+    model = model_with_exits(demo, wanted)
+    trainer = demo.train(model, ExitsTrainer)
+
+    say(4, f"Asking for thresholds that lose at most {points(wanted.max_accuracy_drop)} points.")
+    promise = ask(model, demo.splits["validation"], wanted)
+
+    say(5, "Testing on texts that nothing was chosen on.")
+    report = evaluate_exits(model, demo.splits["test"], timed_examples=256, plain=plain)
+    print(f"\nEvery text answered by one exit:\n{report}\n")
+    print(promise_beside_test(promise, report, wanted))
+
+    say(6, "Saving, and classifying in a fresh process that does not have hf_adaptive.")
+    trainer.report = report
+    sentences = SENTENCES.get(data.dataset) or [text[:100] for text in demo.splits["test"]["text"][:4]]
+    checkpoint = save(trainer, demo, data.dataset, sentences)
     subprocess.run([sys.executable, str(CLASSIFY), str(checkpoint), *sentences], check=True)
+    print(last_words(checkpoint, time.perf_counter() - start))
 
 
-def tokenised(splits: DatasetDict, tokenizer, max_length: int) -> DatasetDict:
+USES = ("train on", "calibrate on", "test on")
+
+
+def say(step: int, text: str) -> None:
+    """One line a step."""
+    print(f"\n[{step}/{STEPS}] {text}", flush=True)
+
+
+def points(share: float) -> str:
+    """A share as points of a hundred."""
+    return f"{100 * share:.3g}"
+
+
+def tokenised(splits: DatasetDict, tokenizer: Any, max_length: int) -> DatasetDict:
     """Adds the encoder's inputs to every split."""
 
     def encode(batch: dict) -> dict:
@@ -104,49 +175,82 @@ def tokenised(splits: DatasetDict, tokenizer, max_length: int) -> DatasetDict:
     return splits.map(encode, batched=True, desc="Tokenising")
 
 
-def model_with_exits(path: str, splits: DatasetDict, arguments: ModelArguments):
+def model_with_exits(demo: Demo, wanted: ModelArguments) -> Any:
     """The encoder with an untrained classifier after each of the chosen layers."""
-    names = splits["train"].features["label"].names
     return AutoModelForSequenceClassificationWithExits.from_pretrained(
-        path,
-        id2label=dict(enumerate(names)),
-        label2id={name: index for index, name in enumerate(names)},
-        exit_layers=arguments.exit_layers,
-        exit_routing=arguments.exit_routing,
-        exit_pooling=arguments.exit_pooling,
+        demo.path,
+        exit_layers=wanted.exit_layers,
+        exit_routing=wanted.exit_routing,
+        exit_pooling=wanted.exit_pooling,
+        **demo.fields,
     )
 
 
-def train(model, splits: DatasetDict, tokenizer, arguments: TrainingArguments) -> ExitsTrainer:
-    """Fine-tunes, with the score of every exit after each epoch."""
-    trainer = ExitsTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=splits["train"],
-        eval_dataset=splits["validation"],
-        processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer),
-    )
-    trainer.train()
-    return trainer
+def ask(model: Any, validation: Any, wanted: ModelArguments) -> CalibrationReport | None:
+    """Calibrates with a promise; without one where the data do not suffice for it, and says how many would do."""
+    try:
+        promise = calibrate_exits(
+            model, validation, max_accuracy_drop=wanted.max_accuracy_drop, confidence=wanted.confidence
+        )
+    except ValueError as error:
+        print(f"No promise can be made: {error}")
+        calibrate_exits(model, validation, max_accuracy_drop=wanted.max_accuracy_drop)
+        return None
+    print(promise)
+    return promise if promise.found else None
 
 
-def print_result(report: ExitReport, model, test: Dataset) -> None:
-    """The table by exit and the operating point, on test data that nothing was chosen on."""
-    print(f"\nTest data, {report.num_examples} examples; every example answered by one exit:\n{report}")
-    seconds = {}
-    for name, arguments in {"all": {"exit_at": report.exit_layers[-1]}, "early": {}}.items():
-        start = time.perf_counter()
-        outputs = model.predict(test, **arguments)
-        seconds[name] = time.perf_counter() - start
-    accuracy = (outputs.logits.argmax(dim=-1) == torch.tensor(test["label"])).float().mean()
-    shares = outputs.exit_index.bincount(minlength=len(report.exit_layers)) / len(test)
-    cost = shares @ torch.tensor(report.costs)
-    left = ", ".join(f"{share:.0%} after {layer}" for share, layer in zip(shares, report.exit_layers))
-    print(
-        f"\nOperating point: accuracy {accuracy:.4f} (all layers {report.accuracy[-1]:.4f}) at {cost:.0%} of the "
-        f"layers, measured {seconds['all'] / seconds['early']:.1f} times as fast.\nRows left: {left} layers."
+def promise_beside_test(promise: CalibrationReport | None, report: ExitReport, wanted: ModelArguments) -> str:
+    """What was promised, what the test data say, and the plain model."""
+    full, plain, chosen = report.accuracy[-1], report.plain, report.chosen
+    lines = [f"{'':<34}{'accuracy':>10}{'cost':>7}{'seconds':>10}", as_row("plain model, no exits", plain, 1)]
+    lines.append(f"{'with exits, all layers':<34}{full:>10.4f}{report.costs[-1]:>7.2f}{report.full_seconds:>10.2f}")
+    if chosen is None:
+        return "\n".join([*lines, "Nothing leaves early: no thresholds kept the promise on the calibration texts."])
+    lines.append(as_row("with exits, chosen thresholds", chosen, chosen.cost))
+    lost = f"{points(full - chosen.accuracy)} points on {report.num_examples} test texts"
+    asked = f"at most {points(wanted.max_accuracy_drop)} points, with {wanted.confidence:.0%} confidence"
+    lines.append(f"\nPromised loss against all layers: {'none' if promise is None else asked}.")
+    return "\n".join([*lines, f"Measured loss against all layers: {lost}."])
+
+
+def as_row(name: str, measured: Any, cost: float) -> str:
+    """One row of the comparison."""
+    return f"{name:<34}{measured.accuracy:>10.4f}{cost:>7.2f}{measured.seconds:>10.2f}"
+
+
+def save(trainer: ExitsTrainer, demo: Demo, dataset: str, sentences: list[str]) -> Path:
+    """Writes checkpoint, tokenizer, picture and card into one folder."""
+    folder = Path(demo.arguments.output_dir)
+    checkpoint = folder / "checkpoint"
+    trainer.model.save_pretrained(checkpoint)
+    demo.tokenizer.save_pretrained(checkpoint)
+    trainer.report.plot(checkpoint / PLOT_FILE)
+    trainer.report.to_json(checkpoint / "exit_report.json")
+    card = model_card(
+        trainer.model,
+        trainer.report,
+        repo_id=folder.name,
+        dataset_name=dataset,
+        plot_file=PLOT_FILE,
+        widget=sentences,
+        training=trainer.settings,
     )
+    write_model_card(card, checkpoint, overwrite=True)
+    return checkpoint
+
+
+def last_words(checkpoint: Path, seconds: float) -> str:
+    """Where everything is, and what to do next."""
+    return f"""
+Done in {seconds:.0f} seconds. Checkpoint, picture and card:
+    {checkpoint}
+    {checkpoint / PLOT_FILE}
+    {checkpoint / "README.md"}
+Next:
+    {sys.executable} {CLASSIFY} {checkpoint} "A text of your own."
+    {sys.executable} -m hf_adaptive.serving {checkpoint} --port 8000
+    hf upload YOUR_NAME/{checkpoint.parent.name} {checkpoint}"""
 
 
 if __name__ == "__main__":

@@ -67,6 +67,7 @@ class DataArguments:
     max_train_examples: int = field(default=6000, metadata={"help": "Training examples at most."})
     max_eval_examples: int = field(default=2000, metadata={"help": "Validation and test examples at most, each."})
     max_length: int = field(default=128, metadata={"help": "Tokens at most; longer texts are cut."})
+    held_out: float = field(default=0.15, metadata={"help": "Share held out for each split that the data lack."})
 
 
 def encoder_path(name: str) -> str:
@@ -86,7 +87,7 @@ def load_splits(arguments: DataArguments) -> DatasetDict:
     Raises:
         ValueError: A column that the data does not have, or a file of unknown kind.
     """
-    splits = _as_three_splits(_raw_splits(arguments))
+    splits = _as_three_splits(_raw_splits(arguments), arguments.held_out)
     limits = {"train": arguments.max_train_examples, "validation": arguments.max_eval_examples}
     limits["test"] = arguments.max_eval_examples
     return DatasetDict(
@@ -118,15 +119,15 @@ def _read_file(path: str) -> Dataset:
     return load_dataset(kind, data_files=path, split="train")
 
 
-def _as_three_splits(splits: DatasetDict) -> DatasetDict:
+def _as_three_splits(splits: DatasetDict, share: float) -> DatasetDict:
     """Holds out a validation part of the training data, and a test part where there is none with labels."""
     train, test = splits["train"], splits.get("test")
     if test is None:
-        held_out = train.train_test_split(test_size=0.15, seed=SEED)
+        held_out = train.train_test_split(test_size=share, seed=SEED)
         train, test = held_out["train"], held_out["test"]
     validation = splits.get("validation")
     if validation is None:
-        held_out = train.train_test_split(test_size=0.15, seed=SEED)
+        held_out = train.train_test_split(test_size=share, seed=SEED)
         train, validation = held_out["train"], held_out["test"]
     return DatasetDict(train=train, validation=validation, test=test)
 

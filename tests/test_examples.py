@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -62,12 +63,20 @@ def quickstart(encoder, pairs, tmp_path_factory):
 
 def test_quickstart_on_pairs_from_a_local_file(quickstart):
     folder, printed = quickstart
-    assert "Operating point" in printed
+    for step in range(1, 7):
+        assert f"[{step}/6]" in printed
+    # 36 texts to test a promise on are too few, and it says how many would do.
+    assert re.search(r"No promise can be made: .* needs at least \d+ examples to test on", printed)
+    assert "plain model, no exits" in printed
+    assert "Promised loss against all layers: none." in printed or "Nothing leaves early" in printed
     sentences = [line for line in printed.splitlines() if "sure, after layer" in line]
     assert len(sentences) == 4
     assert all(line.split()[0] in ("same", "other") for line in sentences)
     assert (folder / "out" / "checkpoint" / "model.safetensors").exists()
-    assert (folder / "out" / "checkpoint" / "exits.png").exists()
+    for name in ("exits.png", "README.md", "exit_report.json"):
+        assert (folder / "out" / "checkpoint" / name).exists()
+        assert f"checkpoint/{name}" in printed or name == "exit_report.json"
+    assert "-m hf_adaptive.serving" in printed
     assert "## The exits" in (folder / "out" / "checkpoint" / "README.md").read_text()
 
 

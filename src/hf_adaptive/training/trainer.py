@@ -161,6 +161,11 @@ class ExitsTrainer(Trainer):
             self.create_model_card()
         return self.report
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How it trains, for the card."""
+        return {name: getattr(self.args, name) for name in _REPRODUCED}
+
     def create_model_card(
         self,
         language: str | None = None,
@@ -192,7 +197,7 @@ class ExitsTrainer(Trainer):
             license=license,
             tags=[tags] if isinstance(tags, str) else tags,
             plot_file=PLOT_FILE if self.report is not None else None,
-            training={name: getattr(self.args, name) for name in _REPRODUCED},
+            training=self.settings,
         )
         write_model_card(card, self._folder)
 
