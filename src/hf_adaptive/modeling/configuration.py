@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from .constant_attention import check_constant_heads
-from .criteria import CRITERIA, ThresholdPolicy
+from .criteria import CRITERIA, ThresholdPolicy, checked_thresholds
 from .heads import POOLINGS
 from .routing import SHARES
 from .saving import ReadsWhole
@@ -83,22 +83,7 @@ class DecisionsConfigMixin(ReadsWhole):
         Raises:
             ValueError: Wrong number of thresholds, or one outside the criterion's range.
         """
-        expected = len(self.exit_layers) - 1
-        if isinstance(thresholds, (int, float)) and not isinstance(thresholds, bool):
-            thresholds = [thresholds] * expected
-        if not isinstance(thresholds, (list, tuple)):
-            raise ValueError(
-                f"exit_thresholds must be a list of {expected} entries or a single number for all of them, "
-                f"got {thresholds!r}."
-            )
-        if len(thresholds) != expected:
-            raise ValueError(
-                f"exit_thresholds must have {expected} entries, one for each exit but the last (exit_layers="
-                f"{self.exit_layers}), or be a single number for all of them, got {len(thresholds)}: {thresholds}."
-            )
-        for position, threshold in enumerate(thresholds):
-            CRITERIA[self.exit_criterion].check_threshold(threshold, position)
-        return list(thresholds)
+        return checked_thresholds(thresholds, self.exit_layers, self.exit_criterion)
 
     @property
     def calibration_in_force(self) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ one class and one line in `CRITERIA`. The same lines decide for torch's tensors,
 import importlib
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -234,6 +235,49 @@ def _agrees_with_exit_before(evidence: Evidence) -> Array:
 CRITERIA: dict[str, Criterion] = {
     criterion.name: criterion for criterion in (Confidence(), Entropy(), Patience(), Learned())
 }
+
+
+def problem_type(config: Any) -> str:
+    """The configuration's problem type; where it does not say: regression for one label, else one label of many."""
+    if config.problem_type is not None:
+        return config.problem_type
+    return "regression" if config.num_labels == 1 else "single_label_classification"
+
+
+def checked_thresholds(thresholds: Any, exit_layers: Sequence[int], criterion: str) -> list[float | None]:
+    """Thresholds as one number (or None) for each exit but the last.
+
+    Args:
+        thresholds: A list, or a number for all of them.
+        exit_layers (`Sequence[int]`): The exits.
+        criterion (`str`): Name of what is compared with them.
+
+    Raises:
+        ValueError: Wrong number of thresholds, or one outside the criterion's range.
+    """
+    expected = len(exit_layers) - 1
+    if isinstance(thresholds, (int, float)) and not isinstance(thresholds, bool):
+        thresholds = [thresholds] * expected
+    if not isinstance(thresholds, (list, tuple)):
+        raise ValueError(
+            f"exit_thresholds must be a list of {expected} entries or a single number for all of them, "
+            f"got {thresholds!r}."
+        )
+    if len(thresholds) != expected:
+        raise ValueError(
+            f"exit_thresholds must have {expected} entries, one for each exit but the last (exit_layers="
+            f"{exit_layers}), or be a single number for all of them, got {len(thresholds)}: {thresholds}."
+        )
+    for position, threshold in enumerate(thresholds):
+        CRITERIA[criterion].check_threshold(threshold, position)
+    return list(thresholds)
+
+
+def exit_position(exit_at: Any, exit_layers: Sequence[int]) -> int:
+    """Place in `exit_layers` of the exit after so many layers; a `ValueError` if there is none."""
+    if isinstance(exit_at, bool) or exit_at not in exit_layers:
+        raise ValueError(f"exit_at must be one of exit_layers={exit_layers} (layers run), got {exit_at!r}.")
+    return exit_layers.index(exit_at)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from transformers.utils.import_utils import is_jit_tracing, is_tracing
 
 from .answers import Answers, Leaving, choose_exits, warn_of_nan
 from .bases import ModelBase
-from .criteria import CRITERIA, ForcedPolicy, Policy, ThresholdPolicy
+from .criteria import CRITERIA, ForcedPolicy, Policy, ThresholdPolicy, exit_position
 from .inputs import BackboneInputs
 from .labels import problem_type
 from .losses import answer_loss, exits_loss
@@ -54,11 +54,7 @@ class DecidesRowByRow(ModelBase):
 
     def _exit_index(self, exit_at: int) -> int:
         """Place in `exit_layers` of the exit after so many layers; a `ValueError` if there is none."""
-        if isinstance(exit_at, bool) or exit_at not in self.config.exit_layers:
-            raise ValueError(
-                f"exit_at must be one of exit_layers={self.config.exit_layers} (layers run), got {exit_at!r}."
-            )
-        return self.config.exit_layers.index(exit_at)
+        return exit_position(exit_at, self.config.exit_layers)
 
     def _leave_early(self, inputs: BackboneInputs, policy: Policy) -> Answers:
         """Runs rows until they leave; the rows that stay are run on as a smaller, tighter batch."""

@@ -6,19 +6,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from .criteria import problem_type
 from .examples import as_array, as_rows, check_mapping, column_of, shortened
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 LABEL_COLUMNS = ("labels", "label", "label_ids")
 # Of a row without a label, which is left out of every loss and score.
 NO_LABEL = -100
-
-
-def problem_type(config: Any) -> str:
-    """The configuration's problem type; where it does not say: regression for one label, else one label of many."""
-    if config.problem_type is not None:
-        return config.problem_type
-    return "regression" if config.num_labels == 1 else "single_label_classification"
 
 
 def problem_type_of(labels: torch.Tensor, config: Any) -> str:

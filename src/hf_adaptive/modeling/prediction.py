@@ -19,7 +19,7 @@ from .inputs import input_limits
 from .local_gradients import is_sharded
 from .outputs import SequenceClassifierWithExitsOutput
 from .processes import Shares
-from .scheduling import WINDOW_BATCHES, StagedFlow, StageScheduler, WaitingRow, cheapest_sizes
+from .scheduling import StagedFlow, StageScheduler, WaitingRow, sorted_batches
 from .stages import TorchStages
 
 
@@ -131,11 +131,7 @@ class LengthSortedBatches:
 
     def __iter__(self) -> Iterator[tuple[list[WaitingRow], np.ndarray]]:
         lengths, numbers = self.lengths[self._own].tolist(), self._own.numpy()
-        start = 0
-        for size in cheapest_sizes(lengths, self.batch_size, self.start_cost):
-            places = range(start, start + size)
-            yield [WaitingRow(place, lengths[place]) for place in places], numbers[start : start + size]
-            start += size
+        return sorted_batches(numbers, lengths, self.batch_size, self.start_cost)
 
     def in_order_of_examples(self, answers: Answers) -> Answers:
         """Answers to all examples in their order, on the CPU, from those to the rows of this process."""
@@ -159,28 +155,16 @@ class StagedRun:
         self.batches = batches
         self.bar = bar
         self.answers: Answers | None = None
-        self.scheduler = StageScheduler(stages.stages, batches.batch_size, stages.start_cost)
-        self.flow = StagedFlow(stages, self.scheduler)
+        self.flow = StagedFlow(stages, StageScheduler(stages.stages, batches.batch_size, stages.start_cost))
 
     def run(self) -> Answers:
-        """Runs everything; the rows of a stage wait until there are several batches of them."""
-        for rows, numbers in self.batches:
-            self.flow.start(rows, self.batches.rows, numbers)
-            self._run(0, rows)
-            while (stage := self.scheduler.latest_with(WINDOW_BATCHES * self.batches.batch_size)) is not None:
-                self._run_waiting(stage)
-        # The earliest first: it fills the later ones.
-        for stage in range(1, len(self.scheduler.waiting())):
-            self._run_waiting(stage)
+        """Runs everything."""
+        for left, answers in self.flow.run_all(self.batches.rows, self.batches):
+            self._note(left, answers)
         assert self.answers is not None, "there is at least one example"
         return self.answers
 
-    def _run_waiting(self, stage: int) -> None:
-        for rows in self.scheduler.split(stage):
-            self._run(stage, rows)
-
-    def _run(self, stage: int, rows: list[WaitingRow]) -> None:
-        left, answers = self.flow.run(stage, rows)
+    def _note(self, left: list[WaitingRow], answers: Answers) -> None:
         if self.answers is None:
             self.answers = Answers.none_yet(len(self.batches), answers.logits.shape[1], answers.of_exit(0))
         places = torch.tensor([row.number for row in left], dtype=torch.long, device=answers.logits.device)

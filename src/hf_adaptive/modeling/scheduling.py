@@ -15,7 +15,7 @@ tensors: `policy.leaves(exit_index, Evidence(...))`.
 import heapq
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -290,6 +290,32 @@ class StagedFlow(Generic[Batch, Answers]):
             self.scheduler.put(result.stage, staying, now)
         return leaving, result.answers
 
+    def run_all(
+        self, examples: TokenisedExamples, batches: Iterable[tuple[list[WaitingRow], np.ndarray]]
+    ) -> Iterator[tuple[list[WaitingRow], Answers]]:
+        """Runs a data set; the rows of a stage wait until there are several batches of them.
+
+        Args:
+            examples (`TokenisedExamples`): The data.
+            batches: Batches for the first stage, of rows and the numbers of their examples, see [`sorted_batches`].
+
+        Yields:
+            Rows that left, and the answers to them.
+        """
+        least = WINDOW_BATCHES * self.scheduler.max_batch_size
+        for rows, numbers in batches:
+            self.start(rows, examples, numbers)
+            yield self.run(0, rows)
+            while (stage := self.scheduler.latest_with(least)) is not None:
+                yield from self._run_waiting(stage)
+        # The earliest first: it fills the later ones.
+        for stage in range(1, len(self.scheduler.waiting())):
+            yield from self._run_waiting(stage)
+
+    def _run_waiting(self, stage: int) -> Iterator[tuple[list[WaitingRow], Answers]]:
+        for rows in self.scheduler.split(stage):
+            yield self.run(stage, rows)
+
     def drop(self, row: WaitingRow) -> None:
         """Forgets a waiting row."""
         self.scheduler.take([row])
@@ -309,6 +335,23 @@ class StagedFlow(Generic[Batch, Answers]):
             own.append(row)
         joined = self.model.join([(batch, positions) for batch, positions, _ in parts.values()])
         return [row for _, _, own in parts.values() for row in own], joined
+
+
+def sorted_batches(
+    numbers: np.ndarray, lengths: Sequence[int], limit: int, overhead: int
+) -> Iterator[tuple[list[WaitingRow], np.ndarray]]:
+    """A data set's rows as batches for the first stage, numbered in the order in which they come.
+
+    Args:
+        numbers (`np.ndarray` of shape `(rows,)`): Numbers of examples, the longest first.
+        lengths (`Sequence[int]`): Their tokens.
+        limit, overhead: As in [`cheapest_sizes`].
+    """
+    start = 0
+    for size in cheapest_sizes(lengths, limit, overhead):
+        places = range(start, start + size)
+        yield [WaitingRow(place, lengths[place]) for place in places], numbers[start : start + size]
+        start += size
 
 
 def cheapest_sizes(lengths: Sequence[int], limit: int, overhead: int, max_tokens: int | None = None) -> list[int]:
