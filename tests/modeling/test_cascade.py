@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, TrainingArguments
+from transformers.integrations.neftune import activate_neftune, deactivate_neftune
 
 import hf_adaptive
 from hf_adaptive import (
@@ -594,3 +595,54 @@ def test_bad_input():
         CascadeForSequenceClassification(CascadeConfig())
     with pytest.raises(ValueError, match="labels must lie between 0 and 2"):
         CASCADES["bert"](**tiny.batch(), labels=torch.full((6,), 3))
+
+
+def test_every_member_is_resized_and_saved_so(tmp_path):
+    model = cascade()
+    model.resize_token_embeddings(tiny.VOCABULARY + 6)
+    model.save_pretrained(tmp_path)
+    loaded = CascadeForSequenceClassification.from_pretrained(tmp_path)
+    assert [member.config.vocab_size for member in loaded.members] == [tiny.VOCABULARY + 6] * 3
+    inputs = {"input_ids": torch.full((1, 3), tiny.VOCABULARY + 5)}
+    torch.testing.assert_close(loaded(**inputs).exit_logits, model.eval()(**inputs).exit_logits)
+
+
+def test_members_that_were_resized_one_by_one(tmp_path):
+    model = cascade()
+    for member in model.members[:2]:
+        member.resize_token_embeddings(tiny.VOCABULARY + 6)
+    with pytest.raises(ValueError, match=r"same vocab_size, got 70 in .* and 64"):
+        model.save_pretrained(tmp_path)
+    model.members[2].resize_token_embeddings(tiny.VOCABULARY + 6)
+    model.save_pretrained(tmp_path)
+    assert CascadeForSequenceClassification.from_pretrained(tmp_path).members[0].config.vocab_size == 70
+
+
+def test_noise_on_embeddings_reaches_every_member():
+    model, inputs = cascade(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), tiny.batch()
+    labels = torch.zeros(6, dtype=torch.long)
+    model.train()
+    before = model(**inputs, labels=labels).exit_logits
+    handle = activate_neftune(model, 5.0)
+    noisy = model(**inputs, labels=labels).exit_logits
+    deactivate_neftune(model, handle)
+    assert (noisy - before).abs().amax(dim=(0, 2)).min() > 1e-3
+    torch.testing.assert_close(model(**inputs, labels=labels).exit_logits, before)
+    assert not any(hasattr(member.get_input_embeddings(), "neftune_noise_alpha") for member in model.members)
+
+
+@pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])
+def test_what_only_members_have_is_refused(name):
+    model = cascade()
+    with pytest.raises(ValueError, match=rf"{name}=True is not there for a cascade.*cascade\.members\[0\]"):
+        model(**tiny.batch(), **{name: True})
+    model(**tiny.batch(), **{name: False})
+    setattr(model.config, name, True)
+    with pytest.raises(ValueError, match=f"{name}=True is not there"):
+        model(**tiny.batch())
+
+
+def test_one_table_for_all_members_is_refused():
+    model = cascade()
+    with pytest.raises(ValueError, match="share no weights"):
+        model.set_input_embeddings(model.members[0].get_input_embeddings())

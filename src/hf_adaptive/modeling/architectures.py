@@ -4,18 +4,20 @@ The classes are made when they are first asked for (`architectures.BertWithExits
 with `trust_remote_code=True` imports one architecture's code and not all of them.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import initialization as init
 
 from .configuration import ExitsConfigMixin
 from .exits import ExitsMixin
-from .heads import Head
+from .heads import ExitHead, Head
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,17 @@ _DISTILBERT_HEAD = Head(
     "classifier", dense="pre_classifier", activation="relu", dropout=lambda config: config.seq_classif_dropout
 )
 _ELECTRA_HEAD = replace(_ROBERTA_HEAD, activation="gelu")
+
+
+def _initialise_modernbert_head(head: ExitHead, config: Any) -> None:
+    # ModernBertPreTrainedModel._init_weights: it knows the stock head's own classes only.
+    cutoff = 3 if config.initializer_cutoff_factor is None else config.initializer_cutoff_factor
+    deviation_inside = config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
+    for part, deviation in ((head.dense, deviation_inside), (head.classifier, config.hidden_size**-0.5)):
+        weight = cast(nn.Linear, part).weight
+        init.trunc_normal_(weight, std=deviation, a=-cutoff * deviation, b=cutoff * deviation)
+
+
 _MODERNBERT_HEAD = Head(
     "classifier",
     dense="head.dense",
@@ -141,6 +154,7 @@ _MODERNBERT_HEAD = Head(
     norm="head.norm",
     build_norm=lambda config: nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias),
     dropout=lambda config: config.classifier_dropout,
+    initialise=_initialise_modernbert_head,
 )
 _EUROBERT_HEAD = Head("classifier", dense="dense", activation="gelu")
 _DECODER_HEAD = Head("score", classifier_bias=lambda config: False)

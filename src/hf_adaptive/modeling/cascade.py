@@ -21,6 +21,7 @@ from .architectures import ARCHITECTURES, Architecture, supported_architecture
 from .configuration import DecisionsConfigMixin, check_exit_layers, refuse_unknown_fields
 from .criteria import CRITERIA
 from .decisions import DecidesRowByRow
+from .initialising import InitialisesAsStock
 from .inputs import BackboneInputs, positions_of_real_tokens
 from .labels import read_labels
 from .layers import Progress
@@ -29,6 +30,7 @@ from .outputs import SequenceClassifierWithExitsOutput
 from .prediction import PredictsDatasets
 from .saving import SavesWhole
 from .stock_exit import config_of_first_layers, divide_by_temperature, in_one_type
+from .weight_files import LoadsSafetensors, safetensors_only
 
 logger = logging.get_logger(__name__)
 
@@ -128,7 +130,9 @@ class CascadeConfig(_CascadeFields, PreTrainedConfig):
     _auto_class = "AutoConfig"
 
 
-class CascadeForSequenceClassification(SavesWhole, PredictsDatasets, DecidesRowByRow, PreTrainedModel):  # type: ignore[misc]
+class CascadeForSequenceClassification(  # type: ignore[misc]
+    SavesWhole, LoadsSafetensors, InitialisesAsStock, PredictsDatasets, DecidesRowByRow, PreTrainedModel
+):
     """Independent classifiers of growing depth as one checkpoint (Rotem et al., 2023, section 2: "multi-model").
 
     In training mode every member is run, and the loss is the sum of theirs; they share nothing. In evaluation mode a
@@ -167,7 +171,7 @@ class CascadeForSequenceClassification(SavesWhole, PredictsDatasets, DecidesRowB
 
         Raises:
             ValueError: A checkpoint of something else, or a bad field.
-            OSError: Files that are missing or damaged. Only safetensors are read, unless `use_safetensors=False`.
+            OSError: Files that are missing, damaged or no safetensors.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         path = pretrained_model_name_or_path
@@ -177,9 +181,9 @@ class CascadeForSequenceClassification(SavesWhole, PredictsDatasets, DecidesRowB
                 raise ValueError(
                     f"{path} is a checkpoint of model_type={model_type!r}, not a cascade. Use {_MADE_BY}."
                 )
-        kwargs.setdefault("use_safetensors", True)
+        arguments = safetensors_only(path, kwargs)
         with damage_named(path):
-            model, info = super().from_pretrained(path, *model_args, output_loading_info=True, **kwargs)
+            model, info = super().from_pretrained(path, *model_args, output_loading_info=True, **arguments)
         model._exits_are_untrained = bool(info["missing_keys"] or info["mismatched_keys"])
         return (model, info) if wants_info else model
 
@@ -197,9 +201,9 @@ class CascadeForSequenceClassification(SavesWhole, PredictsDatasets, DecidesRowB
 
         Raises:
             ValueError: Depths that the model does not have, an architecture that is not supported, or a bad field.
+            OSError: Files that are missing, damaged or no safetensors.
         """
         fields = _pop_fields(cls, kwargs)
-        kwargs.setdefault("use_safetensors", True)
         path = pretrained_model_name_or_path
         architecture = supported_architecture(str(checkpoint_model_type(path, **kwargs)))
         if architecture.head.classifier is None:
@@ -208,7 +212,7 @@ class CascadeForSequenceClassification(SavesWhole, PredictsDatasets, DecidesRowB
                 "architecture, or exits (AutoModelForSequenceClassificationWithExits)."
             )
         stock, info = architecture.stock("ForSequenceClassification").from_pretrained(
-            path, output_loading_info=True, **kwargs
+            path, output_loading_info=True, **safetensors_only(path, kwargs)
         )
         _check_depths(depths, stock.config, architecture)
         new = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
@@ -255,6 +259,8 @@ class CascadeForSequenceClassification(SavesWhole, PredictsDatasets, DecidesRowB
         labels: torch.Tensor | None = None,
         exit_thresholds: list[float | None] | float | None = None,
         exit_at: int | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> SequenceClassifierWithExitsOutput:
         """Classifies a batch; arguments and result as for a classifier with exits, a member standing for an exit.
 
@@ -269,10 +275,12 @@ class CascadeForSequenceClassification(SavesWhole, PredictsDatasets, DecidesRowB
                 Evaluation mode only. None for a member: it answers nothing.
             exit_at (`int`, *optional*): Every row is answered by the member of this many layers, one of
                 `exit_layers`; the smaller ones are run before it. Evaluation mode only.
+            output_hidden_states, output_attentions (`bool`, *optional*): Refused: each member has its own.
 
         Raises:
-            ValueError: Empty batch; thresholds, `exit_at` or labels that cannot be used.
+            ValueError: Empty batch; thresholds, `exit_at` or labels that cannot be used; hidden states or attentions.
         """
+        self._refuse_insides(output_hidden_states, output_attentions)
         if 0 in input_ids.shape:
             raise ValueError(
                 f"the batch is empty: shape {tuple(input_ids.shape)}. Give at least one row and one token."
@@ -295,6 +303,51 @@ class CascadeForSequenceClassification(SavesWhole, PredictsDatasets, DecidesRowB
             exit_logits=answers.logits,
             exit_index=answers.exit_index,
         )
+
+    def _refuse_insides(self, output_hidden_states: bool | None, output_attentions: bool | None) -> None:
+        asked = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        for name, value in asked.items():
+            if getattr(self.config, name) if value is None else value:
+                raise ValueError(
+                    f"{name}=True is not there for a cascade: each of its models has its own. Ask one of them: "
+                    f"cascade.members[0](**batch, {name}=True)."
+                )
+
+    # Embeddings: every member has its own
+
+    def get_input_embeddings(self) -> Any:
+        """The members' input embeddings as one: hooks and attributes (NEFTune's) reach all of them."""
+        return MemberEmbeddings([cast(PreTrainedModel, member).get_input_embeddings() for member in self.members])
+
+    def set_input_embeddings(self, value: Any) -> None:
+        """Refused: members cannot share one table."""
+        raise ValueError(
+            "the members of a cascade share no weights, so it cannot be given one table of embeddings. Set each "
+            "member's: cascade.members[0].set_input_embeddings(...)."
+        )
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """Resizes every member's embeddings; arguments as in `PreTrainedModel`."""
+        for member in self.members:
+            cast(PreTrainedModel, member).resize_token_embeddings(*args, **kwargs)
+        self._note_members()
+        return self.get_input_embeddings()
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As `PreTrainedModel.save_pretrained`, with the members' sizes as they are now.
+
+        Raises:
+            ValueError: Members that have become of different vocabularies.
+            OSError: The folder cannot be written; it names the folder.
+        """
+        self._note_members()
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _note_members(self) -> None:
+        """Writes the members' configurations, as they are now, into the cascade's."""
+        configs = [cast(PreTrainedModel, member).config for member in self.members]
+        _check_tokenizers(configs)
+        self.config.members = [_as_member(config) for config in configs]
 
     @property
     def _stages(self) -> tuple[int, ...]:
@@ -360,6 +413,44 @@ class CascadeForSequenceClassification(SavesWhole, PredictsDatasets, DecidesRowB
 
     def _announce_backbone(self) -> None:
         """Nothing: a cascade has no one backbone."""
+
+
+class MemberEmbeddings:
+    """Several tables of embeddings that are treated as one.
+
+    Args:
+        tables (`list[nn.Module]`): Those of a cascade's members; what is read is read from the first.
+    """
+
+    def __init__(self, tables: list[nn.Module]):
+        object.__setattr__(self, "tables", tables)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tables[0], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        for table in self.tables:
+            setattr(table, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        for table in self.tables:
+            delattr(table, name)
+
+    def register_forward_hook(self, *args: Any, **kwargs: Any) -> "HookHandles":
+        """As `nn.Module.register_forward_hook`, on every table."""
+        return HookHandles([table.register_forward_hook(*args, **kwargs) for table in self.tables])
+
+
+@dataclass
+class HookHandles:
+    """What removes several hooks at once."""
+
+    handles: list[Any]
+
+    def remove(self) -> None:
+        """Removes all of them."""
+        for handle in self.handles:
+            handle.remove()
 
 
 def _arguments(member: PreTrainedModel, inputs: BackboneInputs) -> dict[str, Any]:

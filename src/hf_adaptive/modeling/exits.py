@@ -14,10 +14,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .answers import Answers, ExitAnswer, Leaving
-from .constant_attention import initialize_constants, install_constant_heads
+from .constant_attention import install_constant_heads
 from .criteria import ForcedPolicy, Policy
 from .decisions import DecidesRowByRow
 from .heads import CertaintyUnit, ExitHead
+from .initialising import InitialisesAsStock
 from .inputs import BackboneInputs, positions_of_real_tokens
 from .labels import read_labels
 from .layers import LayerList, LayerRun, Pause, Progress, install_layer_list
@@ -29,6 +30,7 @@ from .prediction import PredictsDatasets
 from .routing import gradient_share, pass_gradient
 from .saving import SavesWhole
 from .stock_exit import GivesStockClassifiers
+from .weight_files import LoadsSafetensors
 
 logger = logging.get_logger(__name__)
 
@@ -36,7 +38,15 @@ logger = logging.get_logger(__name__)
 NOT_GATHERED = ("exit_logits", "exit_index", "exit_certainty", "hidden_states", "attentions")
 
 
-class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, GivesStockClassifiers, PredictsDatasets, DecidesRowByRow):
+class ExitsMixin(
+    SavesWhole,
+    LoadsPlainCheckpoints,
+    LoadsSafetensors,
+    InitialisesAsStock,
+    GivesStockClassifiers,
+    PredictsDatasets,
+    DecidesRowByRow,
+):
     """A head after each of `config.exit_layers` of an unmodified backbone.
 
     In training mode every exit is computed, and the loss is the sum of theirs (`exit_loss_weights`), routed by
@@ -72,8 +82,8 @@ class ExitsMixin(SavesWhole, LoadsPlainCheckpoints, GivesStockClassifiers, Predi
         if isinstance(module, CertaintyUnit):
             init.zeros_(module.least)
             init.ones_(module.largest)
-        if module is self:
-            initialize_constants(module)
+        if isinstance(module, ExitHead) and self.architecture.head.initialise is not None:
+            self.architecture.head.initialise(module, self.config)
 
     def _freeze_if_disjoint(self) -> None:
         """No exit trains the backbone then; called again after loading, which makes new parameters."""

@@ -50,6 +50,8 @@ class Head:
         norm (`str`, *optional*): Path of a normalisation after the activation.
         build_norm (`Callable`, *optional*): Makes that normalisation from the configuration.
         input_dropout, dropout (`Callable`): Dropout probabilities from the configuration.
+        initialise (`Callable`, *optional*): Gives new weights of an `ExitHead`, with the configuration, their first
+            values where the stock head has others than its architecture's layers.
     """
 
     classifier: str | None = None
@@ -61,6 +63,7 @@ class Head:
     build_norm: Callable[[Any], nn.Module] | None = None
     input_dropout: Callable[[Any], float] = lambda config: 0.0
     dropout: Callable[[Any], float] = lambda config: 0.0
+    initialise: Callable[["ExitHead", Any], None] | None = None
 
     @property
     def sources(self) -> dict[str, str]:

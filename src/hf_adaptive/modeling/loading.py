@@ -15,8 +15,8 @@ from transformers.initialization import no_init_weights
 from .bases import ModelBase
 from .constant_attention import check_constants_loaded, common_length, heads_to_make_constant, install_constant_heads
 from .saving import settle_checkpoint
+from .weight_files import HUB_ARGUMENTS, safetensors_only
 
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _FILE_ARGUMENTS = ("use_safetensors", "variant")
 _MODEL_ARGUMENTS = ("attn_implementation", "dtype", "torch_dtype")
 
@@ -51,7 +51,7 @@ class LoadsPlainCheckpoints(ModelBase):
         Raises:
             ValueError: A checkpoint of another architecture; exit weights missing, left over or of other layers;
                 weights of another size; a bad field.
-            OSError: Files that are missing or damaged. Only safetensors are read, unless `use_safetensors=False`.
+            OSError: Files that are missing, damaged or no safetensors.
         """
         check_config(cls, config)
         path = pretrained_model_name_or_path
@@ -63,7 +63,7 @@ class LoadsPlainCheckpoints(ModelBase):
             cls.architecture.model_type: cls._load_plain,
         }
         if model_type in loaders:
-            kwargs.setdefault("use_safetensors", True)
+            kwargs = safetensors_only(path, kwargs)
             with damage_named(path):
                 loaded = loaders[model_type](path, *model_args, config=config, **kwargs)
             (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze_if_disjoint()
@@ -92,7 +92,7 @@ class LoadsPlainCheckpoints(ModelBase):
 
     @classmethod
     def _load_plain(cls, path: str | os.PathLike, *model_args: Any, config: Any, **kwargs: Any) -> Any:
-        hub_arguments = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
+        hub_arguments = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         file_arguments = {name: kwargs.pop(name) for name in _FILE_ARGUMENTS if name in kwargs}
         model_arguments = {name: kwargs.pop(name) for name in _MODEL_ARGUMENTS if name in kwargs}
         averages = kwargs.pop("constants", None)
@@ -140,7 +140,7 @@ def checkpoint_model_type(path: str | os.PathLike, **kwargs: Any) -> str | None:
 
 
 def _config_dict(path: str | os.PathLike, arguments: dict[str, Any]) -> dict[str, Any]:
-    hub_arguments = {name: arguments[name] for name in _HUB_ARGUMENTS if name in arguments}
+    hub_arguments = {name: arguments[name] for name in HUB_ARGUMENTS if name in arguments}
     return PreTrainedConfig.get_config_dict(path, **hub_arguments)[0]
 
 

@@ -27,13 +27,14 @@ from .constant_attention import (
     check_length,
     common_length,
     heads_to_make_constant,
-    initialize_constants,
     install_constant_heads,
 )
+from .initialising import InitialisesAsStock
 from .labels import NO_LABEL, read_labels, read_token_labels
 from .loading import checkpoint_model_type
 from .losses import answer_loss
 from .saving import ReadsWhole, SavesWhole
+from .weight_files import LoadsSafetensors, safetensors_only
 
 logger = logging.get_logger(__name__)
 
@@ -111,7 +112,7 @@ def check_trainable_part(part: str) -> None:
         raise ValueError(f"trainable_part must be one of {', '.join(map(repr, TRAINABLE_PARTS))}, got {part!r}.")
 
 
-class PapaPreTrainedMixin(SavesWhole, StockClass):
+class PapaPreTrainedMixin(SavesWhole, LoadsSafetensors, InitialisesAsStock, StockClass):
     """Loading, converting, saving and initialising, the same for all tasks.
 
     Attributes:
@@ -147,6 +148,7 @@ class PapaPreTrainedMixin(SavesWhole, StockClass):
             **kwargs: As in transformers.
 
         Raises:
+            OSError: Files that are missing, damaged or no safetensors.
             ValueError: If the checkpoint has another architecture, or lacks constants for its constant heads; if the
                 constants do not fit the model; if PAPA arguments are given for a checkpoint that is converted already.
         """
@@ -157,14 +159,16 @@ class PapaPreTrainedMixin(SavesWhole, StockClass):
             "head_ranking": head_ranking,
         }
         if kwargs.get("config") is None and cls._is_plain(pretrained_model_name_or_path, kwargs):
-            return cls._convert(pretrained_model_name_or_path, **conversion, **kwargs)
+            arguments = safetensors_only(pretrained_model_name_or_path, kwargs)
+            return cls._convert(pretrained_model_name_or_path, **conversion, **arguments)
         given = [name for name, value in conversion.items() if value is not None]
         if given:
             raise ValueError(
                 f"{', '.join(given)} can be given for a plain checkpoint only, but {pretrained_model_name_or_path} "
                 "has its constants already. Load it without, or convert the plain checkpoint anew."
             )
-        return cls._load(pretrained_model_name_or_path, *model_args, **kwargs)
+        arguments = safetensors_only(pretrained_model_name_or_path, kwargs)
+        return cls._load(pretrained_model_name_or_path, *model_args, **arguments)
 
     @classmethod
     def _is_plain(cls, path: str | os.PathLike, kwargs: dict[str, Any]) -> bool:
@@ -228,11 +232,6 @@ class PapaPreTrainedMixin(SavesWhole, StockClass):
         if outcome.unexpected_keys:
             raise RuntimeError(f"{type(self).__name__} has no place for {outcome.unexpected_keys}.")
         return sorted({*outcome.missing_keys, *(prefix + name for name in made_up)})
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if module is self:
-            initialize_constants(module)
 
     def freeze_backbone(self) -> None:
         """Freezes what `config.trainable_part` leaves out. Nothing here: only the probes leave something out."""
