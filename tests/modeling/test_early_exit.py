@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from torch.nn import functional
 
 import hf_adaptive
 from tests import tiny
@@ -391,12 +392,53 @@ def test_tuple_instead_of_a_dictionary():
             assert torch.equal(own.nan_to_num(7.0), value.nan_to_num(7.0))
 
 
-def test_training_output_without_labels_says_why_it_has_no_logits():
-    outputs = tiny.model().train()(**tiny.batch())
-    assert outputs.logits is None
-    assert outputs.exit_logits.shape == (6, 3, 3)
-    with pytest.raises(KeyError, match=r"label_smoothing_factor.*ExitsTrainer"):
-        outputs["logits"]
+@pytest.mark.parametrize("labels", [None, tiny.labels()])
+def test_a_loss_on_logits_in_training_is_of_the_last_exit_and_warned_of(labels, warnings_given):
+    model = hf_adaptive.BertForSequenceClassificationWithExits(tiny.config(exit_routing="joint")).train()
+    outputs = model(**tiny.batch(), labels=labels)
+    assert torch.equal(outputs["logits"], outputs.exit_logits[:, -1])
+    assert not warnings_given()
+    functional.cross_entropy(outputs.logits, tiny.labels()).backward()
+    learned = [exit.classifier.weight.grad for exit in model.exits]
+    assert [grad is not None and bool(grad.any()) for grad in learned] == [False, False, True]
+    assert [text for text in warnings_given() if "exits after layers [1, 2] learn nothing" in text]
+    assert model._exits_are_untrained
+
+
+@pytest.mark.parametrize("routing", ["joint", "sweet"])
+def test_a_loss_on_exit_logits_trains_every_exit(routing, warnings_given):
+    model = hf_adaptive.BertForSequenceClassificationWithExits(tiny.config(exit_routing=routing)).train()
+    model(**tiny.batch()).exit_logits.sum().backward()
+    assert all(exit.classifier.weight.grad.any() for exit in model.exits)
+    assert not model._exits_are_untrained
+    assert not warnings_given()
+
+
+def test_scores_that_a_sweet_model_has_freed_say_why_they_have_no_gradient():
+    outputs = tiny.model().train()(**tiny.batch(), labels=tiny.labels())
+    with pytest.raises(RuntimeError, match="these scores have no gradient"):
+        outputs.logits.sum().backward()
+
+
+def test_one_exit_learns_from_logits(warnings_given):
+    model = hf_adaptive.BertForSequenceClassificationWithExits(tiny.config(exit_layers=[4])).train()
+    model(**tiny.batch()).logits.sum().backward()
+    assert not model._exits_are_untrained
+    assert not warnings_given()
+
+
+@pytest.mark.parametrize("routing", ["sweet", "disjoint", 0.3])
+@pytest.mark.parametrize("arguments", [{}, {"exit_at": 2}, {"exit_at": 4}, {"exit_thresholds": 0.4}])
+def test_gradients_in_evaluation_mode_are_the_networks(name, routing, arguments):
+    """For saliency: whatever the exits were trained with."""
+    gradients = []
+    for each in ("joint", routing):
+        model, inputs = tiny.model(name, exit_routing=each), tiny.batch()
+        embeds = model.get_input_embeddings()(inputs["input_ids"]).detach().requires_grad_()
+        logits = model(inputs_embeds=embeds, attention_mask=inputs["attention_mask"], **arguments).logits
+        gradients.append(torch.autograd.grad(logits[:, 0].sum(), embeds)[0])
+    assert gradients[0].any()
+    torch.testing.assert_close(gradients[1], gradients[0])
 
 
 def test_embeddings_instead_of_tokens(name):

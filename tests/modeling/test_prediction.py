@@ -157,3 +157,15 @@ def test_bad_calls():
         model.predict(examples([3]), batch_size=0)
     with pytest.raises(ValueError, match=r"model\.eval\(\)"):
         model.train().predict(examples([3]))
+
+
+@pytest.mark.parametrize("arguments", [{}, {"exit_thresholds": 0.4}])
+def test_answers_are_ordinary_tensors(arguments):
+    """With which one can compute on, also something that has a gradient."""
+    outputs = tiny.model().predict(examples([3, 5, 8]), show_progress=False, **arguments)
+    weight = torch.ones(3, requires_grad=True)
+    (outputs.logits * weight).sum().backward()
+    assert weight.grad.any()
+    for value in outputs.values():
+        assert not value.is_inference()
+        value += 1

@@ -1,12 +1,13 @@
 """What `ExitsTrainer` adds: scores of every exit, smoothing of every exit's loss, report and card."""
 
+import functools
 import json
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Value
-from transformers import DataCollatorWithPadding, TrainingArguments
+from transformers import DataCollatorWithPadding, TrainerCallback, TrainingArguments
 
 from hf_adaptive import ExitsTrainer
 from tests import tiny
@@ -30,14 +31,17 @@ def trainer(folder, model=None, data=None, **arguments):
         "max_steps": 2,
         "save_strategy": "no",
     }
-    own = {name: arguments.pop(name) for name in ("compute_metrics",) if name in arguments}
+    names = ("compute_metrics", "preprocess_logits_for_metrics", "data_collator", "model_init")
+    own = {name: arguments.pop(name) for name in names if name in arguments}
+    own.setdefault("data_collator", DataCollatorWithPadding(tiny.tokenizer()))
+    if model is None and "model_init" not in own:
+        model = tiny.without_dropout("roberta", num_labels=2)
     return ExitsTrainer(
-        model=tiny.without_dropout("roberta", num_labels=2) if model is None else model,
+        model=model,
         args=TrainingArguments(**{**settings, **arguments}),
         train_dataset=data,
         eval_dataset=data,
         processing_class=tiny.tokenizer(),
-        data_collator=DataCollatorWithPadding(tiny.tokenizer()),
         **own,
     )
 
@@ -124,9 +128,132 @@ def test_smoothing_of_numbers_is_refused(tmp_path):
         trainer(tmp_path, model, data, label_smoothing_factor=0.1).train()
 
 
-def test_batch_eval_metrics_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="batch_eval_metrics"):
-        trainer(tmp_path, batch_eval_metrics=True)
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"batch_eval_metrics": True}, "batch_eval_metrics=True is not supported"),
+        ({"include_for_metrics": ["inputs", "loss"]}, "'loss'.* is not supported"),
+        ({"preprocess_logits_for_metrics": lambda logits, labels: logits}, "needs compute_metrics"),
+        ({"model": tiny.plain_model(num_labels=2)}, "needs a model with exits .* got a BertForSequenceClassification"),
+    ],
+)
+def test_what_cannot_be_done_for_every_exit_is_refused_by_name(arguments, says, tmp_path):
+    with pytest.raises(ValueError, match=says):
+        trainer(tmp_path, **arguments)
+
+
+class Rightness:
+    """A metric that is an object, of class indexes."""
+
+    def __call__(self, prediction, scale=1.0):
+        predictions, labels = prediction.predictions, prediction.label_ids
+        if isinstance(predictions, list):
+            predictions, labels = np.concatenate(predictions), np.concatenate(labels)
+        assert predictions.shape == labels.shape
+        return {"accuracy": scale * (predictions == labels).mean()}
+
+
+@pytest.mark.parametrize("metric", [Rightness(), functools.partial(Rightness(), scale=1.0)])
+@pytest.mark.parametrize("arguments", [{}, {"eval_do_concat_batches": False}, {"eval_accumulation_steps": 1}])
+def test_preprocessed_scores_of_every_exit(metric, arguments, tmp_path):
+    expected = trainer(tmp_path).evaluate()
+    own = trainer(
+        tmp_path,
+        compute_metrics=metric,
+        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(dim=-1),
+        per_device_eval_batch_size=5,
+        **arguments,
+    )
+    scores = own.evaluate()
+    names = {name for name in expected if name.endswith("accuracy")}
+    assert names == {"eval_accuracy", "eval_layer_1_accuracy", "eval_layer_2_accuracy"}
+    for name in names:
+        assert scores[name] == pytest.approx(expected[name])
+    assert own.predict(dataset()).metrics["test_accuracy"] == pytest.approx(expected["eval_accuracy"])
+
+
+def test_default_metric_of_batches_that_are_not_joined(tmp_path):
+    own = trainer(tmp_path, eval_do_concat_batches=False, per_device_eval_batch_size=5)
+    assert own.evaluate()["eval_accuracy"] == trainer(tmp_path).evaluate()["eval_accuracy"]
+    assert "test_accuracy" in own.predict(dataset()).metrics
+
+
+def test_a_metric_sees_the_inputs(tmp_path):
+    seen = []
+
+    def look(prediction):
+        seen.append(prediction.inputs)
+        return {}
+
+    trainer(tmp_path, compute_metrics=look, include_for_metrics=["inputs"]).evaluate()
+    assert len(seen) == 3
+    assert all(len(inputs) == 16 for inputs in seen)
+
+
+def tokenised_late(rows):
+    """A data collator that is given text."""
+    encoded = tiny.tokenizer()([row["text"] for row in rows], padding=True, return_tensors="pt")
+    return {**encoded, "labels": torch.tensor([row["label"] for row in rows])}
+
+
+@pytest.mark.parametrize("kind", ["text", "stream", "streamed text", "label_ids"])
+def test_the_report_reads_what_evaluation_reads(kind, tmp_path):
+    expected = trainer(tmp_path / "plain").write_report(timed_examples=0)
+    data, arguments = dataset(), {}
+    if "text" in kind:
+        data, arguments = data.select_columns(["text", "label"]), {"data_collator": tokenised_late}
+    if "stream" in kind:
+        data = data.to_iterable_dataset()
+    if kind == "label_ids":
+        data = data.remove_columns("text").rename_column("label", "label_ids")
+    keeps_all = {"remove_unused_columns": kind == "stream"}
+    own = trainer(tmp_path, data=data, per_device_eval_batch_size=5, **keeps_all, **arguments)
+    report = own.write_report(timed_examples=0)
+    assert report.num_examples == 16
+    assert report.accuracy == pytest.approx(expected.accuracy)
+    assert [point.accuracy for point in report.curve] == pytest.approx([point.accuracy for point in expected.curve])
+
+
+def test_training_is_not_lost_by_a_report_that_cannot_be_made(tmp_path, warnings_given):
+    def without_labels(rows):
+        return {name: value for name, value in tokenised_late(rows).items() if name != "labels" or own.is_in_train}
+
+    own = trainer(
+        tmp_path, data=dataset(), data_collator=without_labels, remove_unused_columns=False, eval_strategy="no"
+    )
+    assert own.train().global_step == 2
+    assert own.report is None
+    (text,) = [text for text in warnings_given() if "report could not be made" in text]
+    assert "labels (label_names=['labels'])" in text
+    with pytest.raises(ValueError, match="a report needs input_ids and one column of labels"):
+        own.write_report()
+
+
+def test_several_evaluation_sets_are_evaluated_and_not_reported_on(tmp_path, warnings_given):
+    own = trainer(tmp_path, eval_strategy="steps", eval_steps=1)
+    own.eval_dataset = {"one": dataset(), "other": dataset(8)}
+    own.train()
+    assert {"eval_one_accuracy", "eval_other_layer_1_accuracy"} <= set().union(*own.state.log_history)
+    assert [text for text in warnings_given() if "no report" in text and "write_report" in text]
+
+
+def test_a_search_is_for_the_last_exits_score(tmp_path, warnings_given):
+    pytest.importorskip("optuna")
+    own = trainer(tmp_path, model_init=lambda: tiny.without_dropout("roberta", num_labels=2), eval_strategy="epoch")
+    scores = []
+
+    class KeepsScores(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            scores.append(metrics["eval_accuracy"])
+
+    own.add_callback(KeepsScores)
+    best = own.hyperparameter_search(
+        hp_space=lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-5, 1e-1, log=True)},
+        n_trials=2,
+        backend="optuna",
+    )
+    assert best.objective == max(scores)
+    assert [text for text in warnings_given() if "last exit's score (direction: maximize)" in text]
 
 
 def test_regression_is_scored_by_correlation(tmp_path):

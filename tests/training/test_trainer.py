@@ -28,7 +28,7 @@ class Rows(Dataset):
         return {**{name: tensor[index] for name, tensor in self.inputs.items()}, "labels": self.labels[index]}
 
 
-def trainer(model, folder, rows=None, callbacks=(), metrics=None, **arguments):
+def trainer(model, folder, rows=None, callbacks=(), metrics=None, kind=Trainer, loss=None, **arguments):
     values = {
         "output_dir": str(folder),
         "use_cpu": True,
@@ -42,13 +42,14 @@ def trainer(model, folder, rows=None, callbacks=(), metrics=None, **arguments):
         **arguments,
     }
     rows = Rows() if rows is None else rows
-    return Trainer(
+    return kind(
         model,
         TrainingArguments(**values),
         train_dataset=rows,
         eval_dataset=rows,
         callbacks=list(callbacks),
         compute_metrics=metrics,
+        compute_loss_func=loss,
     )
 
 
@@ -244,9 +245,9 @@ def test_best_model_is_loaded_at_the_end(tmp_path):
     assert any(not torch.equal(tensor, last[key]) for key, tensor in model.state_dict().items())
 
 
-def test_label_smoothing_says_what_to_use_instead(tmp_path):
-    with pytest.raises(KeyError, match=r"label_smoothing_factor.*ExitsTrainer"):
-        trainer(tiny.model(), tmp_path, label_smoothing_factor=0.1).train()
+def test_label_smoothing_of_one_exit_is_warned_of(tmp_path, warnings_given):
+    trainer(tiny.model(), tmp_path, max_steps=1, label_smoothing_factor=0.1).train()
+    assert [text for text in warnings_given() if "trains the last exit only" in text and "ExitsTrainer" in text]
 
 
 def test_trained_exits_are_not_warned_of(tmp_path, warnings_given):

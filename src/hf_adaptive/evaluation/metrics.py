@@ -1,5 +1,7 @@
 """Scores of answers, by problem type or by a metric of the user's."""
 
+import functools
+import inspect
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -27,9 +29,13 @@ def default_metric(problem_type: str) -> Metric:
 
 
 def metric_name(metric: Metric) -> str:
-    """The function's name, or its class's for an object such as a bound `evaluate` metric."""
-    owner = getattr(metric, "__self__", None)
-    return metric.__name__ if owner is None else str(getattr(owner, "name", type(owner).__name__))
+    """The function's name, also of a `partial` of it; the class's for an object, such as a bound `evaluate` metric."""
+    if isinstance(metric, functools.partial):
+        return metric_name(metric.func)
+    if inspect.isfunction(metric):
+        return metric.__name__
+    owner = getattr(metric, "__self__", metric)
+    return str(getattr(owner, "name", type(owner).__name__))
 
 
 def answers_of(logits: torch.Tensor, problem_type: str) -> np.ndarray:

@@ -295,12 +295,11 @@ class CascadeForSequenceClassification(  # type: ignore[misc]
         if labels is not None:
             labels = read_labels(labels, inputs.rows, self.config)
         policy = self._policy(exit_thresholds, exit_at)
-        self._note_training()
         answers = self._run_everything(inputs, {})[0] if policy is None else self._leave_early(inputs, policy)
+        loss = None if labels is None else self._loss(answers, labels, policy)
         return SequenceClassifierWithExitsOutput(
-            loss=None if labels is None else self._loss(answers, labels, policy),
-            logits=None if self.training and labels is None else answers.taken,
-            exit_logits=answers.logits,
+            loss=loss,
+            **self._scores(answers, loss),
             exit_index=answers.exit_index,
         )
 

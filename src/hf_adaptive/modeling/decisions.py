@@ -41,10 +41,6 @@ class DecidesRowByRow(ModelBase):
             )
         return ThresholdPolicy(criterion, thresholds)
 
-    def _note_training(self) -> None:
-        """A pass in training mode: from now on the exits are being trained."""
-        self._exits_are_untrained = self._exits_are_untrained and not self.training
-
     def _forced_policy(self, thresholds: Any, exit_at: int) -> Policy | None:
         if thresholds is not None:
             raise ValueError(f"give exit_at={exit_at} or exit_thresholds={thresholds}, not both.")
@@ -80,6 +76,41 @@ class DecidesRowByRow(ModelBase):
         if policy is not None:
             return answer_loss(answers.taken, labels, self.config)
         return exits_loss(answers.logits, answers.certainty, labels, self.config)
+
+    def _scores(self, answers: Answers, loss: torch.Tensor | None) -> dict[str, Any]:
+        """What a pass returns as `logits` and `exit_logits`; in training it is noted which of them is learned from."""
+        if not self.training:
+            return {"logits": answers.taken, "exit_logits": answers.logits}
+        # Two tensors, so that a gradient through one is not taken for one through the other.
+        taken, of_every_exit = answers.taken, answers.logits.view_as(answers.logits)
+        for tensor, note in (
+            (loss, self._note_training),
+            (of_every_exit, self._note_training),
+            (taken, self._warn_of_one_exit),
+        ):
+            if tensor is not None and tensor.requires_grad:
+                tensor.register_hook(note)
+        return {"logits": taken, "exit_logits": of_every_exit}
+
+    def _note_training(self, gradient: torch.Tensor) -> None:
+        """A gradient on its way to every exit: from now on they are being trained."""
+        self._exits_are_untrained = False
+
+    def _warn_of_one_exit(self, gradient: torch.Tensor | None) -> None:
+        """A gradient on its way to the last exit only."""
+        # DDP sends zeros, or None, to outputs that the loss does not come from.
+        if gradient is None or not gradient.any():
+            return
+        if len(self.config.exit_layers) == 1:
+            self._exits_are_untrained = False
+            return
+        logger.warning_once(
+            "a loss on outputs.logits trains the last exit only: in training mode those are its scores, and the exits "
+            f"after layers {self.config.exit_layers[:-1]} learn nothing (nor, where exit_routing lets no gradient "
+            "pass them, do the layers below). For a loss of your own on every exit use outputs.exit_logits "
+            "(batch, exits, labels), or hf_adaptive.ExitsTrainer, which calls compute_loss_func, and the loss of "
+            "label_smoothing_factor, with each exit's logits in turn."
+        )
 
 
 def _refuse_to_be_traced() -> None:

@@ -172,7 +172,6 @@ class ExitsMixin(
             labels = read_labels(labels, inputs.rows, self.config)
         policy = self._policy(exit_thresholds, exit_at)
         flags = self._output_flags(output_hidden_states, output_attentions)
-        self._note_training()
         loss, outputs = None, ModelOutput()
         if policy is not None and not flags:
             answers = self._leave_early(inputs, policy)
@@ -186,8 +185,7 @@ class ExitsMixin(
             loss = self._loss(answers, labels, policy)
         return SequenceClassifierWithExitsOutput(
             loss=loss,
-            logits=None if self.training and labels is None else answers.taken,
-            exit_logits=answers.logits,
+            **self._scores(answers, loss),
             exit_index=answers.exit_index,
             exit_certainty=answers.certainty,
             hidden_states=outputs.get("hidden_states"),
@@ -264,7 +262,7 @@ class ExitsMixin(
 
     def _boundary(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """What a tensor goes through on its way from one segment to the next, or to an exit beside the trunk."""
-        share, is_checkpointed = gradient_share(self.config.exit_routing), self._is_checkpointed
+        share, is_checkpointed = self._gradient_share, self._is_checkpointed
 
         def across(tensor: torch.Tensor) -> torch.Tensor:
             passed = pass_gradient(tensor, share)
@@ -355,11 +353,16 @@ class ExitsMixin(
 
     def _shared_gradient(self, depth: int, tensor: torch.Tensor) -> torch.Tensor:
         # What layers share (DeBERTa's relative embeddings) learns as a layer of the first segment does.
-        return pass_gradient(tensor, gradient_share(self.config.exit_routing) ** self._segment(depth))
+        return pass_gradient(tensor, self._gradient_share ** self._segment(depth))
 
     def _may_learn_again(self, first: int, depth: int) -> bool:
         # A module that several segments run (ALBERT) learns in the first of them only.
-        return gradient_share(self.config.exit_routing) > 0 or self._segment(first) == self._segment(depth)
+        return self._gradient_share > 0 or self._segment(first) == self._segment(depth)
+
+    @property
+    def _gradient_share(self) -> float:
+        """Share of a gradient that passes an exit; all of it but in training, for an explanation of the network."""
+        return gradient_share(self.config.exit_routing) if self.training else 1.0
 
     def _segment(self, depth: int) -> int:
         """Index of the segment of the layer at this depth; exits beside the trunk do not divide it."""
@@ -371,7 +374,7 @@ class ExitsMixin(
 
     def _exit_answer(self, index: int, hidden: torch.Tensor, inputs: BackboneInputs) -> ExitAnswer:
         head = cast(ExitHead, self.exits[index])
-        if self.config.exit_routing == "disjoint" and not head.branch:
+        if self.training and self.config.exit_routing == "disjoint" and not head.branch:
             hidden = hidden.detach()
         mask = None if inputs.mask is None else inputs.mask.to(hidden.device)
         pooled = head.pool(hidden, self.config.exit_pooling, mask)

@@ -9,8 +9,8 @@ from transformers.loss.loss_utils import ForSequenceClassificationLoss
 
 from .labels import has_label, problem_type_of
 
-# Mean loss of one answer a row, from its scores, the labels and the model's configuration.
-MeanLoss = Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor]
+# Mean loss of one exit's answers: from the exit's place, its scores, the labels and the model's configuration.
+MeanLoss = Callable[[int, torch.Tensor, torch.Tensor, Any], torch.Tensor]
 
 
 def answer_loss(logits: torch.Tensor, labels: torch.Tensor, config) -> torch.Tensor:
@@ -32,12 +32,18 @@ def answer_loss(logits: torch.Tensor, labels: torch.Tensor, config) -> torch.Ten
     return torch.where(counts, losses, 0).sum() / counts.sum().clamp(min=1)
 
 
+def model_loss(index: int, logits: torch.Tensor, labels: torch.Tensor, config: Any) -> torch.Tensor:
+    """[`answer_loss`] of any exit: what a model is trained with unless its user says otherwise."""
+    return answer_loss(logits, labels, config)
+
+
 def exits_loss(
     exit_logits: torch.Tensor,
     certainty: torch.Tensor | None,
     labels: torch.Tensor,
     config: Any,
-    mean_loss: MeanLoss = answer_loss,
+    mean_loss: MeanLoss = model_loss,
+    certainty_weight: float | torch.Tensor = 1.0,
 ) -> torch.Tensor:
     """Sum over the exits of weight times mean loss (SWEET, section 3: all weights 1).
 
@@ -46,7 +52,8 @@ def exits_loss(
         certainty (`torch.Tensor` of shape `(batch, exits)`, *optional*): Of the exits' learned units.
         labels (`torch.Tensor` of shape `(batch,)` or `(batch, labels)`): From [`read_labels`].
         config: The model's configuration.
-        mean_loss (`Callable`): Of one exit, as `answer_loss`.
+        mean_loss (`Callable`): Of one exit, as `model_loss`.
+        certainty_weight (`float`): Of the learned units' loss, beside `mean_loss`.
 
     Returns:
         `torch.Tensor`: A scalar.
@@ -56,7 +63,7 @@ def exits_loss(
     """
     certainties = [None] * exit_logits.shape[1] if certainty is None else certainty.unbind(dim=1)
     losses = [
-        exit_loss(index, logits, certainties[index], labels, config, mean_loss)
+        exit_loss(index, logits, certainties[index], labels, config, mean_loss, certainty_weight)
         for index, logits in enumerate(exit_logits.unbind(dim=1))
     ]
     return torch.stack(losses).sum()
@@ -68,7 +75,8 @@ def exit_loss(
     certainty: torch.Tensor | None,
     labels: torch.Tensor,
     config: Any,
-    mean_loss: MeanLoss = answer_loss,
+    mean_loss: MeanLoss = model_loss,
+    certainty_weight: float | torch.Tensor = 1.0,
 ) -> torch.Tensor:
     """Weight times mean loss of one exit, with that of its learned unit if it has one.
 
@@ -78,14 +86,15 @@ def exit_loss(
         certainty (`torch.Tensor` of shape `(batch,)`, *optional*): Of its learned unit.
         labels (`torch.Tensor` of shape `(batch,)` or `(batch, labels)`): From [`read_labels`].
         config: The model's configuration.
-        mean_loss (`Callable`): As `answer_loss`.
+        mean_loss (`Callable`): As `model_loss`.
+        certainty_weight (`float`): Of the learned unit's loss, beside `mean_loss`.
 
     Returns:
         `torch.Tensor`: A scalar.
     """
-    loss = mean_loss(logits, labels, config)
+    loss = mean_loss(index, logits, labels, config)
     if certainty is not None:
-        loss = loss + certainty_loss(logits, certainty, labels, config)
+        loss = loss + certainty_weight * certainty_loss(logits, certainty, labels, config)
     return loss if config.exit_loss_weights is None else config.exit_loss_weights[index] * loss
 
 

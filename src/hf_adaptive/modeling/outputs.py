@@ -14,8 +14,8 @@ class SequenceClassifierWithExitsOutput(ModelOutput):
         loss (`torch.Tensor` of shape `(1,)`, *optional*, returned with `labels`):
             All exits run: sum over the exits of weight times mean loss. Rows left early: mean loss of `logits`.
         logits (`torch.Tensor` of shape `(batch, labels)`):
-            Scores (before the softmax) of the exit that each row took. Missing in training mode without labels:
-            there is no single answer to train on then, see `exit_logits`.
+            Scores (before the softmax) of the exit that each row took. In training mode those of the last exit: a loss
+            of your own on them is warned of, because no other exit learns from it. Use `exit_logits`.
         exit_logits (`torch.Tensor` of shape `(batch, exits, labels)`):
             Scores of every exit, divided by its temperature; NaN where a row had left before, or where the exit has a
             branch that nothing asked for.
@@ -36,19 +36,3 @@ class SequenceClassifierWithExitsOutput(ModelOutput):
     exit_certainty: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
-
-    def __getitem__(self, key: str | int | slice):
-        """Item by name or position, as in any `ModelOutput`.
-
-        Raises:
-            KeyError: For `logits` where there are none. `Trainer`'s label smoothing ends here: it would have
-                trained the last exit only.
-        """
-        if key == "logits" and self.logits is None:
-            raise KeyError(
-                "a training pass without labels has no `logits`: every exit is trained, so use `exit_logits` "
-                "(batch, exits, labels) for a loss of your own. If this comes from "
-                "TrainingArguments(label_smoothing_factor=...), use hf_adaptive.ExitsTrainer, which smooths the "
-                "loss of every exit."
-            )
-        return super().__getitem__(key)

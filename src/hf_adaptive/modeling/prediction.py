@@ -26,7 +26,7 @@ from .stages import TorchStages
 class PredictsDatasets(ModelBase):
     """`predict` for a classifier with exits."""
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def predict(
         self,
         examples: Sequence[Mapping[str, Any]],

@@ -66,8 +66,9 @@ def gradient_conflict(model: Any, batch: Mapping[str, torch.Tensor]) -> Gradient
     Raises:
         ValueError: A model without exits (the members of a cascade share no layers), no labels, or bad ones.
     """
-    losses = _losses(model, batch)
-    gradients = [_layer_gradients(model, loss) for loss in losses]
+    _check(model, batch)
+    with torch.enable_grad(), _training_without_dropout(model):
+        gradients = [_layer_gradients(model, loss) for loss in _losses(model, batch)]
     by_layer = [torch.stack(of_exits) for of_exits in zip(*gradients)]
     # Dot products of every pair; the diagonal holds the squared norms.
     products = torch.stack([of_exits @ of_exits.T for of_exits in by_layer]).cpu()
@@ -80,8 +81,7 @@ def gradient_conflict(model: Any, batch: Mapping[str, torch.Tensor]) -> Gradient
     )
 
 
-def _losses(model: Any, batch: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-    """The weighted loss of every exit, with its graph."""
+def _check(model: Any, batch: Mapping[str, torch.Tensor]) -> None:
     if not isinstance(model, ExitsMixin):
         raise ValueError(
             f"gradient_conflict needs a classifier with exits, got a {type(model).__name__}: exits that share layers "
@@ -89,16 +89,19 @@ def _losses(model: Any, batch: Mapping[str, torch.Tensor]) -> list[torch.Tensor]
         )
     if "labels" not in batch:
         raise ValueError(f"the batch has no labels: expected 'labels' among its keys, got {sorted(batch)}.")
+
+
+def _losses(model: Any, batch: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    """The weighted loss of every exit, with its graph."""
     inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
     labels = inputs.pop("labels")
     labels = read_labels(labels, len(labels), model.config)
-    with torch.enable_grad(), _training_without_dropout(model):
-        exit_logits = model(**inputs).exit_logits
-        weights = model.config.exit_loss_weights or [1.0] * len(model.config.exit_layers)
-        return [
-            weight * answer_loss(logits, labels, model.config)
-            for weight, logits in zip(weights, exit_logits.unbind(dim=1))
-        ]
+    exit_logits = model(**inputs).exit_logits
+    weights = model.config.exit_loss_weights or [1.0] * len(model.config.exit_layers)
+    return [
+        weight * answer_loss(logits, labels, model.config)
+        for weight, logits in zip(weights, exit_logits.unbind(dim=1))
+    ]
 
 
 @contextmanager
