@@ -98,6 +98,7 @@ def test_the_promise_stands_in_the_card_until_thresholds_change(model):
         "num_examples": 3000,
         "thresholds": model.config.exit_thresholds,
         "temperatures": model.config.exit_temperatures,
+        "profile": None,
     }
     model.config.exit_calibration = record
     text = str(model_card(model))

@@ -73,7 +73,7 @@ def test_every_row_goes_through_its_stages_once(rows, batch_size, max_tokens):
     """Whatever the order in which rows come and time passes; batches keep their bounds."""
     model = CountingStages()
     scheduler = StageScheduler(model.stages, batch_size, model.start_cost, max_wait=1.0, max_tokens=max_tokens)
-    flow = StagedFlow(model, scheduler)
+    flow = StagedFlow(model, scheduler, clock=lambda: now)
     times = list(itertools.accumulate(gap for *_, gap in rows))
     coming, answers, now = list(range(len(rows))), {}, 0.0
     while coming or len(scheduler):
@@ -81,13 +81,13 @@ def test_every_row_goes_through_its_stages_once(rows, batch_size, max_tokens):
             number = coming.pop(0)
             exit_, length, deadline, _ = rows[number]
             examples = model.read([{"input_ids": [exit_] * length}])
-            flow.start([WaitingRow(number, length, deadline)], examples, np.arange(1), now)
+            flow.start([WaitingRow(number, length, deadline)], examples, np.arange(1))
         choice = scheduler.choose(now, is_closing=not coming)
         if choice is None:
             assert coming
             assert scheduler.due() > now
         else:
-            left, said = flow.run(*choice, now=now)
+            left, said = flow.run(*choice)
             answers |= dict(zip([row.number for row in left], said))
         now += 0.25
     for number, (exit_, length, *_) in enumerate(rows):

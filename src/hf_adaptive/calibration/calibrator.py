@@ -13,9 +13,10 @@ from transformers.utils import logging
 
 from ..evaluation.data_use import note_use
 from ..files import write_whole
-from ..modeling.answers import Answers
-from ..modeling.criteria import CRITERIA
+from ..modeling.answers import Answers, choose_exits
+from ..modeling.criteria import CRITERIA, ThresholdPolicy
 from ..modeling.examples import as_rows
+from ..modeling.exit_profile import cells, count_cells
 from ..modeling.labels import has_label, labels_of, problem_type
 from .exit_table import ExitTable, Thresholds
 from .risk_control import candidate_settings, find_guaranteed_thresholds, split_examples
@@ -68,11 +69,12 @@ class CalibrationReport:
             "num_unlabelled": self.num_unlabelled,
         }
 
-    def to_record(self, temperatures: list[float] | None) -> dict[str, Any]:
+    def to_record(self, temperatures: list[float] | None, profile: list[list[int]]) -> dict[str, Any]:
         """What the configuration keeps of an answered wish (`exit_calibration`).
 
         Args:
             temperatures (`list[float]`, *optional*): Those that are stored beside it, one for each exit.
+            profile (`list[list[int]]`): Calibration examples by exit taken and doubt left, see [`count_cells`].
 
         Raises:
             ValueError: There was no wish.
@@ -87,6 +89,7 @@ class CalibrationReport:
             "num_examples": self.num_examples,
             "thresholds": self.thresholds,
             "temperatures": temperatures,
+            "profile": profile,
         }
 
     def to_json(self, path: str | os.PathLike) -> None:
@@ -250,9 +253,22 @@ class ExitCalibrator:
                 head.certainty.largest.fill_(largest)
         if report.choice is not None:
             self.config.exit_thresholds = report.thresholds
-            self.config.exit_calibration = report.to_record(self.config.exit_temperatures)
+            profile = self._profile(report.certainty_ranges)
+            self.config.exit_calibration = report.to_record(self.config.exit_temperatures, profile)
             if not report.found:
                 logger.warning(str(report))
+
+    def _profile(self, ranges: list[tuple[float, float]] | None) -> list[list[int]]:
+        """Examples by the exit that they take with the stored thresholds, and by the doubt left there."""
+        exits = len(self.config.exit_layers)
+        logits = (self.logits / self._temperature_tensor(self.config.exit_temperatures)).float()
+        last = torch.full((len(logits),), exits - 1)
+        answers = Answers(logits, last, self._stretched(ranges))
+        if self.config.exit_thresholds is not None:
+            policy = ThresholdPolicy(self.criterion, self.config.exit_thresholds)
+            answers.exit_index = choose_exits(answers, policy, self.config)
+        certainty = None if answers.certainty is None else answers.certainty.numpy()
+        return count_cells(cells(logits.numpy(), answers.exit_index.numpy(), certainty, self.config), exits)
 
     # What was run
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from .constant_attention import check_constant_heads
 from .criteria import CRITERIA, ThresholdPolicy, checked_thresholds
+from .exit_profile import check_profile
 from .heads import POOLINGS
 from .routing import SHARES
 from .saving import ReadsWhole
@@ -59,7 +60,7 @@ class DecisionsConfigMixin(ReadsWhole):
         if self.exit_loss_weights is not None and not any(self.exit_loss_weights):
             raise ValueError("exit_loss_weights must have at least one number above 0: nothing would be learned.")
         self._check_list("exit_temperatures", "a finite number above 0", lambda x: x > 0)
-        check_calibration(self.exit_calibration)
+        check_calibration(self.exit_calibration, len(self.exit_layers))
         if self.exit_thresholds is not None:
             self.exit_thresholds = self.checked_thresholds(self.exit_thresholds)
 
@@ -289,14 +290,16 @@ def check_exit_layers(exit_layers: Any, num_layers: int, first: int = 1) -> None
         )
 
 
-def check_calibration(record: Any) -> None:
-    """Raises `ValueError` unless None or a record as `CalibrationReport.to_record` makes it."""
-    keys = {"wish", "guarantee", "measured", "num_examples", "thresholds", "temperatures"}
+def check_calibration(record: Any, exits: int) -> None:
+    """Raises `ValueError` unless None or a record as `CalibrationReport.to_record` makes it for so many exits."""
+    keys = {"wish", "guarantee", "measured", "num_examples", "thresholds", "temperatures", "profile"}
     if record is not None and (not isinstance(record, dict) or set(record) != keys):
         raise ValueError(
             f"exit_calibration must be None or a dict with the keys {', '.join(sorted(keys))}, got {record!r}. It is "
             "written by calibrate_exits; leave it out."
         )
+    if record is not None:
+        check_profile(record["profile"], exits)
 
 
 def check_branch_layers(length: Any, exit_layers: list[int]) -> None:

@@ -15,7 +15,7 @@ tensors: `policy.leaves(exit_index, Evidence(...))`.
 import heapq
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -49,6 +49,12 @@ class RowAnswers:
     def taken(self) -> np.ndarray:
         """Scores of the exit that each row took, `(rows, labels)`."""
         return self.logits[np.arange(len(self.logits)), self.exit_index]
+
+    def select(self, rows: Sequence[int]) -> "RowAnswers":
+        """The answers to some rows."""
+        index = np.array(rows, dtype=np.int64)
+        certainty = None if self.certainty is None else self.certainty[index]
+        return RowAnswers(self.logits[index], self.exit_index[index], certainty)
 
 
 @dataclass
@@ -258,21 +264,26 @@ class StagedFlow(Generic[Batch, Answers]):
     Args:
         model (`StagedModel`): What runs them.
         scheduler (`StageScheduler`): Where they wait.
+        clock (`Callable[[], float]`): The time in seconds, where waiting is measured.
     """
 
-    def __init__(self, model: StagedModel[Batch, Answers], scheduler: StageScheduler):
+    def __init__(
+        self,
+        model: StagedModel[Batch, Answers],
+        scheduler: StageScheduler,
+        clock: Callable[[], float] = lambda: 0.0,
+    ):
         self.model = model
         self.scheduler = scheduler
+        self.clock = clock
         self._states: dict[int, tuple[Batch, int]] = {}
 
-    def start(
-        self, rows: Sequence[WaitingRow], examples: TokenisedExamples, numbers: np.ndarray, now: float = 0.0
-    ) -> None:
+    def start(self, rows: Sequence[WaitingRow], examples: TokenisedExamples, numbers: np.ndarray) -> None:
         """Lets rows wait at the first stage; each is one of the examples, of that number."""
         self._hold(rows, self.model.start(examples, numbers))
-        self.scheduler.put(0, rows, now)
+        self.scheduler.put(0, rows, self.clock())
 
-    def run(self, stage: int, rows: Sequence[WaitingRow], now: float = 0.0) -> tuple[list[WaitingRow], Answers]:
+    def run(self, stage: int, rows: Sequence[WaitingRow]) -> tuple[list[WaitingRow], Answers]:
         """Runs waiting rows as one batch; if that fails, they wait as before.
 
         Returns:
@@ -287,7 +298,7 @@ class StagedFlow(Generic[Batch, Answers]):
         if result.batch is not None:
             staying = [rows[position] for position in result.staying]
             self._hold(staying, result.batch)
-            self.scheduler.put(result.stage, staying, now)
+            self.scheduler.put(result.stage, staying, self.clock())
         return leaving, result.answers
 
     def run_all(
