@@ -85,6 +85,8 @@ def _order(method: str) -> tuple[int, str]:
     known = ("joint", "sweet", "multi-model", "disjoint")
     if method in known:
         return known.index(method), ""
+    if "+" in method:  # branches and distillation
+        return len(known) + 2, method
     return len(known) + (not method.startswith("share-")), method
 
 

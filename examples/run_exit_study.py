@@ -72,6 +72,7 @@ from exit_study_results import results_table, summarise
 from hf_adaptive import (
     AutoModelForSequenceClassificationWithExits,
     CascadeForSequenceClassification,
+    ExitDistillation,
     ExitReport,
     ExitsTrainer,
     GradientConflictRecorder,
@@ -92,6 +93,9 @@ SCHEDULES = {
     "joint-then-sweet": ("joint", "sweet", "step"),
     "sweet-then-joint": ("sweet", "joint", "step"),
 }
+# What `+` adds to a method: last layers of each exit's own, and what the exits learn from the last one.
+BRANCH, DISTILLED = "branch", "distilled"
+ADDITIONS = (BRANCH, DISTILLED)
 METHODS = ("joint", "sweet", "disjoint", MULTI_MODEL, "share-0.1", "share-0.3", *SCHEDULES)
 # What of `TrainingArguments` changes a run's result, beside its seed.
 LEARNING = (
@@ -170,7 +174,10 @@ class StudyArguments:
     exit_layers: list[int] = field(default_factory=lambda: [1, 2, 4, 6], metadata={"help": "Layers before each exit."})
     mean_methods: list[str] = field(
         default_factory=lambda: ["all"],
-        metadata={"help": f"Methods with mean pooling: {', '.join(METHODS)}, any share-<number>; 'all' or 'none'."},
+        metadata={
+            "help": f"Methods with mean pooling: {', '.join(METHODS)}, any share-<number>; 'all' or 'none'. To all "
+            f"but multi-model, +{' and +'.join(ADDITIONS)} may be added (joint+{BRANCH}+{DISTILLED})."
+        },
     )
     cls_methods: list[str] = field(
         default_factory=lambda: ["joint", "sweet", MULTI_MODEL],
@@ -265,12 +272,24 @@ def methods_named(names: list[str]) -> list[str]:
         return []
     methods = list(METHODS) if names == ["all"] else names
     for method in methods:
-        if method not in METHODS and not _is_share(method):
+        base, *added = method.split("+")
+        is_known = base in METHODS or _is_share(base)
+        if not is_known or (added and base == MULTI_MODEL) or added != [one for one in ADDITIONS if one in added]:
             raise ValueError(
                 f"unknown method {method!r}: use any of {', '.join(METHODS)}, share-<number from 0 to 1>, 'all' or "
-                "'none'."
+                f"'none'; to all but {MULTI_MODEL}, +{' and +'.join(ADDITIONS)} may be added, in this order."
             )
     return methods
+
+
+def base_of(method: str) -> str:
+    """A method without what was added to it."""
+    return method.split("+")[0]
+
+
+def has(method: str, addition: str) -> bool:
+    """Whether a method has one of the additions."""
+    return addition in method.split("+")[1:]
 
 
 def _is_share(method: str) -> bool:
@@ -402,6 +421,7 @@ def make_model(run: Run, path: str, exit_layers: list[int], classes: list[str]) 
         exit_layers=exit_layers,
         exit_routing=_first_routing(run.method),
         exit_pooling=run.pooling,
+        exit_branch_layers=int(has(run.method, BRANCH)),
         **labels,
     )
 
@@ -431,6 +451,7 @@ def _is_stock_pooling(pooling: str, path: str) -> bool:
 
 
 def _first_routing(method: str) -> str | float:
+    method = base_of(method)
     if method in SCHEDULES:
         return SCHEDULES[method][0]
     return method if method in ROUTINGS else float(method.removeprefix(SHARE))
@@ -551,7 +572,8 @@ class Study:
         return GradientConflictRecorder(dict(DataCollatorWithPadding(self.tokenizer)(rows)), every=CONFLICT_EVERY)
 
     def _callbacks(self, run: Run, recorder: GradientConflictRecorder | None) -> list[TrainerCallback]:
-        schedule = [RoutingSchedule(*SCHEDULES[run.method])] if run.method in SCHEDULES else []
+        base = base_of(run.method)
+        schedule = [RoutingSchedule(*SCHEDULES[base])] if base in SCHEDULES else []
         return [*schedule, *([recorder] if recorder is not None else [])]
 
     def _trainer(
@@ -566,6 +588,7 @@ class Study:
             train_dataset=data.train,
             data_collator=DataCollatorWithPadding(self.tokenizer),
             callbacks=callbacks,
+            distillation=ExitDistillation() if has(run.method, DISTILLED) else None,
         )
 
     def _evaluate(self, model: Any, dataset: Dataset) -> ExitReport:

@@ -14,7 +14,15 @@ from .modeling.heads import Head
 from .modeling.outputs import SequenceClassifierWithExitsOutput
 from .pipeline import ExitsTextClassificationPipeline
 from .probing import mean_attention, rank_heads
-from .training import ExitsTrainer, GradientConflict, GradientConflictRecorder, RoutingSchedule, gradient_conflict
+from .training import (
+    ExitDistillation,
+    ExitsTrainer,
+    GradientConflict,
+    GradientConflictRecorder,
+    RoutingSchedule,
+    add_teacher_logits,
+    gradient_conflict,
+)
 from .version import __version__
 
 for _architecture in list(ARCHITECTURES.values()):
@@ -38,6 +46,7 @@ __all__ = [
     "CascadeConfig",
     "CascadeForSequenceClassification",
     "ExitCalibrator",
+    "ExitDistillation",
     "ExitReport",
     "ExitsTextClassificationPipeline",
     "ExitsTrainer",
@@ -47,6 +56,7 @@ __all__ = [
     "RoutingSchedule",
     "SequenceClassifierWithExitsOutput",
     "__version__",
+    "add_teacher_logits",
     "calibrate_exits",
     "evaluate_exits",
     "gradient_conflict",

@@ -19,6 +19,7 @@ RUNS = [
     ("mpnet", "sweet"),
     ("roberta", "disjoint"),
     ("bert", 0.3),
+    ("bert+distilled", "joint"),
 ]
 
 

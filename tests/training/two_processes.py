@@ -7,6 +7,7 @@
 Writes every run's gradients from the main process; after the step all processes must agree on the weights.
 """
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -15,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 from safetensors.torch import save_file
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
-from hf_adaptive import ExitsTrainer
+from hf_adaptive import ExitDistillation, ExitsTrainer
 from tests import tiny
 from tests.training.test_trainer import ROWS, KeepsGradients, Rows, trainer
 
@@ -26,19 +27,24 @@ torch.set_num_threads(1)
 
 
 def gradients(name, routing, folder, processes, **fields):
-    """Gradients of two steps over one batch of all rows, and the trainer."""
+    """Gradients of two steps over one batch of all rows, and the trainer; `<name>+distilled` has branches, too."""
     kept = KeepsGradients()
+    name, _, distilled = name.partition("+")
+    if distilled:
+        fields = {"exit_branch_layers": 1, **fields}
     own = trainer(
         tiny.without_dropout(name, exit_routing=routing, **fields),
         folder,
         rows=Rows(),
         callbacks=[kept],
+        kind=functools.partial(ExitsTrainer, distillation=ExitDistillation()) if distilled else Trainer,
         # A parameter without a gradient stops the second step.
         ddp_find_unused_parameters=False,
         max_steps=2,
         max_grad_norm=0,
         per_device_train_batch_size=ROWS // processes,
     )
+    own.eval_dataset = None
     own.train()
     return {f"{step}/{key}": value for step, grads in enumerate(kept.steps) for key, value in grads.items()}, own
 

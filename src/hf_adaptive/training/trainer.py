@@ -20,6 +20,7 @@ from ..modeling.examples import INPUT_NAMES
 from ..modeling.labels import NO_LABEL, has_label, problem_type, problem_type_of, read_labels
 from ..modeling.losses import answer_loss, exits_loss
 from ..modeling.outputs import SequenceClassifierWithExitsOutput
+from .distillation import ExitDistillation
 
 logger = logging.get_logger(__name__)
 
@@ -58,14 +59,22 @@ class ExitsTrainer(Trainer):
         ...     return cross_entropy(outputs.logits, labels, class_weights, reduction="sum") / num_items_in_batch
         >>> trainer = ExitsTrainer(model, args, compute_loss_func=weighted, ...)
 
+    `distillation` adds what every exit before the last learns from the last one, or from a teacher, to the loss that
+    is trained with, whatever it is:
+
+        >>> trainer = ExitsTrainer(model, args, distillation=ExitDistillation(weight=1.0, temperature=2.0), ...)
+
     Raises:
-        ValueError: A model without exits; `batch_eval_metrics`, `include_for_metrics=["loss"]` or
+        ValueError: A model without exits, or for distillation without any before the last; a teacher with other
+            labels or tokens; `batch_eval_metrics`, `include_for_metrics=["loss"]` or
             `preprocess_logits_for_metrics` without `compute_metrics`; label smoothing of a problem that is not
             single-label classification.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, distillation: ExitDistillation | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.distillation = distillation
+        self._teacher_logits: torch.Tensor | None = None
         self._refuse_what_is_not_for_every_exit()
         own_metrics: Callable[[EvalPrediction], dict[str, float]] | None = self.compute_metrics
         self._metrics_of_one_exit = self._default_metrics if own_metrics is None else own_metrics
@@ -78,6 +87,8 @@ class ExitsTrainer(Trainer):
         self._own_loss: Callable[..., torch.Tensor] | None = self.compute_loss_func
         self._smoother: LabelSmoother | None = self.label_smoother
         self._ask_for_every_exit()
+        if distillation is not None:
+            distillation.check(self._exits_model.config)
 
     def _refuse_what_is_not_for_every_exit(self) -> None:
         if "exit_layers" not in self._exits_model.config.to_dict():
@@ -112,7 +123,7 @@ class ExitsTrainer(Trainer):
                     "label_smoothing_factor has no effect beside compute_loss_func: smooth there, as "
                     "cross_entropy(..., label_smoothing=...) does."
                 )
-        elif self._smoother is not None:
+        elif self._smoother is not None or self.distillation is not None:
             self.label_smoother: Any = self._loss_of_every_exit
 
     def _loss_of_every_exit(
@@ -132,7 +143,37 @@ class ExitsTrainer(Trainer):
         # Being right or wrong, which a learned unit is asked for, is neither smoothed nor weighted; only its mean over
         # this batch becomes a part of that over all that are accumulated, which `num_items_in_batch` counts.
         share = 1.0 if num_items_in_batch is None else (given != NO_LABEL).sum() / num_items_in_batch
-        return exits_loss(outputs.exit_logits, outputs.exit_certainty, labels, config, mean_loss, share)
+        loss = exits_loss(outputs.exit_logits, outputs.exit_certainty, labels, config, mean_loss, share)
+        if self.distillation is None or not self._exits_model.training:
+            return loss
+        distance = self.distillation.loss(
+            outputs.exit_logits, self._teacher_logits, labels, config, num_items_in_batch=num_items_in_batch
+        )
+        return loss + distance
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """As in `Trainer`; with distillation, a batch is first shown to the teacher, where that is another model."""
+        if self.distillation is not None:
+            self._teacher_logits = self.distillation.teacher_logits(inputs) if model.training else None
+            inputs = self._without_teacher(inputs)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _without_teacher(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A batch without the column of the teacher's logits, which the model does not take."""
+        column = None if self.distillation is None else self.distillation.column
+        return {name: value for name, value in inputs.items() if name != column}
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        column = None if self.distillation is None else self.distillation.column
+        if column is not None:
+            self._signature_columns: Any = list({*(self._signature_columns or []), column})
 
     def loss_of_exit(
         self,
@@ -201,6 +242,7 @@ class ExitsTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> Any:
         """As in `Trainer`; within `evaluate` the scores are a tuple, `(batch, labels)` of every exit."""
+        inputs = self._without_teacher(inputs)
         if not self._scores_every_exit:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         nothing_leaves = [None] * (len(self._exits_model.config.exit_layers) - 1)
