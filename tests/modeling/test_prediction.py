@@ -153,7 +153,7 @@ def test_bad_calls():
         model.predict([{"text": "not tokenised"}])
     with pytest.raises(ValueError, match=r"same inputs: the first has \['input_ids'\], but number 1 has"):
         model.predict([*examples([3]), {"input_ids": [5, 6], "attention_mask": [1, 0]}])
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="batch_size must be a whole number of at least 1, got 0"):
         model.predict(examples([3]), batch_size=0)
     with pytest.raises(ValueError, match=r"model\.eval\(\)"):
         model.train().predict(examples([3]))

@@ -22,7 +22,7 @@ from .configuration import DecisionsConfigMixin, check_exit_layers, refuse_unkno
 from .criteria import CRITERIA
 from .decisions import DecidesRowByRow
 from .initialising import InitialisesAsStock
-from .inputs import BackboneInputs, positions_of_real_tokens
+from .inputs import BackboneInputs, checked_tensors, positions_of_real_tokens, raise_misfit
 from .labels import read_labels
 from .layers import Progress
 from .loading import checkpoint_model_type, damage_named
@@ -281,17 +281,13 @@ class CascadeForSequenceClassification(  # type: ignore[misc]
             ValueError: Empty batch; thresholds, `exit_at` or labels that cannot be used; hidden states or attentions.
         """
         self._refuse_insides(output_hidden_states, output_attentions)
-        if 0 in input_ids.shape:
-            raise ValueError(
-                f"the batch is empty: shape {tuple(input_ids.shape)}. Give at least one row and one token."
-            )
         named = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "token_type_ids": token_type_ids,
-            "position_ids": None if position_ids is None else position_ids.expand(input_ids.shape[0], -1),
+            "position_ids": position_ids,
         }
-        inputs = BackboneInputs({name: t for name, t in named.items() if t is not None}, attention_mask)
+        inputs = BackboneInputs(checked_tensors(named), attention_mask)
         if labels is not None:
             labels = read_labels(labels, inputs.rows, self.config)
         policy = self._policy(exit_thresholds, exit_at)
@@ -357,6 +353,11 @@ class CascadeForSequenceClassification(  # type: ignore[misc]
     def _backbone_configs(self) -> list[Any]:
         return [cast(PreTrainedModel, member).config for member in self.members]
 
+    @property
+    def _unmarked_padding(self) -> int | None:
+        """None: stock classifiers see to it themselves."""
+        return None
+
     def _run_everything(self, inputs: BackboneInputs, flags: dict[str, bool]) -> tuple[Answers, Any]:
         return Answers.of_every_exit([self._member_answer(index, inputs) for index in range(len(self.members))]), None
 
@@ -365,7 +366,11 @@ class CascadeForSequenceClassification(  # type: ignore[misc]
         if member.config.pad_token_id is None:
             # One that was set after the cascade was made.
             member.config.pad_token_id = self.config.pad_token_id
-        logits = member(**_arguments(member, inputs), return_dict=True).logits
+        try:
+            logits = member(**_arguments(member, inputs), return_dict=True).logits
+        except (IndexError, RuntimeError) as error:
+            raise_misfit(inputs, member.config, error)
+            raise
         if self.config.exit_temperatures is not None:
             logits = logits / self.config.exit_temperatures[index]
         return ExitAnswer(logits)

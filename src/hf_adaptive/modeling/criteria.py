@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from .checks import is_whole_number
 from .numpy_functions import NumpyFunctions
 
 # A `torch.Tensor` or an `np.ndarray`.
@@ -275,7 +276,7 @@ def checked_thresholds(thresholds: Any, exit_layers: Sequence[int], criterion: s
 
 def exit_position(exit_at: Any, exit_layers: Sequence[int]) -> int:
     """Place in `exit_layers` of the exit after so many layers; a `ValueError` if there is none."""
-    if isinstance(exit_at, bool) or exit_at not in exit_layers:
+    if not is_whole_number(exit_at) or exit_at not in exit_layers:
         raise ValueError(f"exit_at must be one of exit_layers={exit_layers} (layers run), got {exit_at!r}.")
     return exit_layers.index(exit_at)
 

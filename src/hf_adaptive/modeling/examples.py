@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from .checks import shortened
+
 INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 # Rows that are converted at a time, so that Python's lists of numbers are never there for all rows.
 _WINDOW = 1024
@@ -343,9 +345,3 @@ def _is_dataset(examples: Any) -> Any:
     """Whether columns can be read from Arrow's tables: a `datasets.Dataset` whose rows no function makes."""
     datasets = sys.modules.get("datasets")
     return datasets is not None and isinstance(examples, datasets.Dataset) and examples.format["type"] != "custom"
-
-
-def shortened(value: Any) -> str:
-    """A value as text, for messages."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

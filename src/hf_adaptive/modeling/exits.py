@@ -19,7 +19,7 @@ from .criteria import ForcedPolicy, Policy
 from .decisions import DecidesRowByRow
 from .heads import CertaintyUnit, ExitHead
 from .initialising import InitialisesAsStock
-from .inputs import BackboneInputs, positions_of_real_tokens
+from .inputs import BackboneInputs, checked_tensors, positions_of_real_tokens, raise_misfit
 from .labels import read_labels
 from .layers import LayerList, LayerRun, Pause, Progress, install_layer_list
 from .loading import LoadsPlainCheckpoints
@@ -202,23 +202,18 @@ class ExitsMixin(
         position_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor | None,
     ) -> BackboneInputs:
-        main = inputs_embeds if input_ids is None else input_ids
-        if main is None or (input_ids is not None and inputs_embeds is not None):
-            raise ValueError("You must specify exactly one of input_ids or inputs_embeds.")
-        if 0 in main.shape[:2]:
-            raise ValueError(f"the batch is empty: shape {tuple(main.shape)}. Give at least one row and one token.")
-        counts_from_mask = position_ids is None and self.architecture.positions_from_mask
-        if counts_from_mask and attention_mask is not None and attention_mask.dim() == 2:
-            position_ids = positions_of_real_tokens(attention_mask)
         named = {
             "input_ids": input_ids,
             "inputs_embeds": inputs_embeds,
             "attention_mask": attention_mask,
             "token_type_ids": token_type_ids,
-            "position_ids": None if position_ids is None else position_ids.expand(main.shape[0], -1),
+            "position_ids": position_ids,
         }
-        tensors = {name: tensor for name, tensor in named.items() if tensor is not None}
-        return BackboneInputs(tensors, self._padding_mask(input_ids, attention_mask, main.shape[0]))
+        inputs = BackboneInputs(checked_tensors(named), None)
+        inputs.mask = self._padding_mask(input_ids, attention_mask, inputs.rows)
+        if self.architecture.positions_from_mask and "position_ids" not in inputs.tensors and inputs.can_be_trimmed:
+            inputs.tensors["position_ids"] = positions_of_real_tokens(inputs.tensors["attention_mask"])
+        return inputs
 
     def _padding_mask(
         self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, rows: int
@@ -341,6 +336,9 @@ class ExitsMixin(
                 return self.base_model(**arguments, return_dict=True), run.progress
         except Pause:
             return None, run.progress
+        except (IndexError, RuntimeError) as error:
+            raise_misfit(inputs, self.config, error)
+            raise
 
     def _branches(self, policy: Policy | None) -> Mapping[int, Sequence[nn.Module]]:
         """Each exit's own layers, by the depth of the exit; of those before the last that are to be run."""

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from .checks import shortened
 from .criteria import problem_type
-from .examples import as_array, as_rows, check_mapping, column_of, shortened
+from .examples import as_array, as_rows, check_mapping, column_of
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 LABEL_COLUMNS = ("labels", "label", "label_ids")

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from .answers import Answers
 from .bases import ModelBase
+from .checks import check_count
 from .examples import INPUT_NAMES, TokenisedExamples
 from .inputs import input_limits
 from .local_gradients import is_sharded
@@ -43,8 +44,9 @@ class PredictsDatasets(ModelBase):
         they run all examples together.)
 
         Args:
-            examples (`Sequence[Mapping]`): Tokenised examples (a `datasets.Dataset`, say) with `input_ids` and, where
-                the model takes them, `token_type_ids`; padding, if any, is marked in `attention_mask` and dropped.
+            examples: Tokenised examples (a `datasets.Dataset`, a list of mappings, or a mapping of columns as a
+                tokenizer returns it) with `input_ids` and, where the model takes them, `token_type_ids`; lists, arrays
+                or tensors. Padding, if any, is marked in `attention_mask` and dropped.
             batch_size (`int`): Examples run at a time, at every stage.
             exit_thresholds, exit_at: As in `forward`.
             show_progress (`bool`): Whether to show a bar.
@@ -54,13 +56,12 @@ class PredictsDatasets(ModelBase):
             `SequenceClassifierWithExitsOutput`: On the CPU, in the order of `examples`.
 
         Raises:
-            ValueError: A model in training mode, no examples, a batch size below 1, or anything that `forward`
-                refuses.
+            ValueError: A model in training mode, no examples or one that cannot be read (by its number), a batch size
+                below 1, or anything that `forward` refuses.
         """
         if self.training:
             raise ValueError("predict needs the evaluation mode: call model.eval() first.")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        check_count("batch_size", batch_size)
         stages = self.staged(exit_thresholds, exit_at)
         is_alone = not split_between_processes or is_sharded(self)
         rows = stages.read(examples)
@@ -89,12 +90,17 @@ class PredictsDatasets(ModelBase):
             raise ValueError("stages need the evaluation mode: call model.eval() first.")
         padding = {**dict.fromkeys(INPUT_NAMES, 0), "input_ids": self.config.pad_token_id or 0}
         limits = input_limits(self._backbone_configs)
-        return TorchStages(self, self._policy(exit_thresholds, exit_at), padding, limits)
+        return TorchStages(self, self._policy(exit_thresholds, exit_at), padding, limits, self._unmarked_padding)
 
     @property
     def _backbone_configs(self) -> list[Any]:
         """Configurations of what reads the inputs."""
         return [self.config]
+
+    @property
+    def _unmarked_padding(self) -> int | None:
+        """The token that heads take for padding where no mask says what is."""
+        return self.config.pad_token_id if self.config.exit_pooling == "last" else None
 
 
 class LengthSortedBatches:

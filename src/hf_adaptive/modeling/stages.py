@@ -29,6 +29,7 @@ class StagedRows:
         tensors (`dict[str, torch.Tensor]`): What the backbone is given, `attention_mask` too.
         lengths (`list[int]`): Tokens of each row.
         is_whole (`list[bool]`): Whether a row's mask has no holes.
+        ends (`list[int]`): Tokens of each row up to the last that heads take for real.
         progress (`Progress`, *optional*): How far they have come; None at the first stage.
         answers (`Answers`, *optional*): What the exits said so far.
     """
@@ -36,6 +37,7 @@ class StagedRows:
     tensors: dict[str, torch.Tensor]
     lengths: list[int]
     is_whole: list[bool]
+    ends: list[int]
     progress: Progress | None = None
     answers: Answers | None = None
 
@@ -46,8 +48,12 @@ class StagedRows:
     def inputs(self) -> BackboneInputs:
         """As the backbone takes them; without a mask for the heads if no token is padding."""
         mask = self.tensors["attention_mask"]
-        is_full = all(self.is_whole) and min(self.lengths) == mask.shape[1]
-        return BackboneInputs(self.tensors, None if is_full else mask)
+        if all(self.is_whole) and min(self.ends) == mask.shape[1]:
+            return BackboneInputs(self.tensors, None)
+        if self.ends != self.lengths:
+            positions = torch.arange(mask.shape[1], device=mask.device)
+            mask = mask * (positions < torch.tensor(self.ends, device=mask.device).unsqueeze(1))
+        return BackboneInputs(self.tensors, mask)
 
 
 class TorchStages:
@@ -58,13 +64,23 @@ class TorchStages:
         policy (`Policy`, *optional*): When rows leave; None: all run to the last exit.
         padding (`dict[str, int]`): What each input is padded with.
         limits (`dict[str, int]`): How many values there are for each input that is looked up in a table.
+        unmarked_padding (`int`, *optional*): The token at the end of a row that heads take for padding where the
+            examples have no masks, as in `forward`.
     """
 
-    def __init__(self, model: Any, policy: Policy | None, padding: dict[str, int], limits: dict[str, int]):
+    def __init__(
+        self,
+        model: Any,
+        policy: Policy | None,
+        padding: dict[str, int],
+        limits: dict[str, int],
+        unmarked_padding: int | None = None,
+    ):
         self.model = model
         self.policy = policy
         self.padding = padding
         self.limits = limits
+        self.unmarked_padding = unmarked_padding
 
     @property
     def stages(self) -> int:
@@ -83,24 +99,26 @@ class TorchStages:
     @torch.inference_mode()
     def start(self, examples: TokenisedExamples, rows: np.ndarray) -> StagedRows:
         """A batch of some of the examples for the first stage."""
-        tensors = {
-            name: torch.from_numpy(examples.batch(name, rows, self.padding[name])).to(self.model.device)
-            for name in examples.names
-        }
-        return StagedRows(tensors, examples.lengths[rows].tolist(), examples.is_whole[rows].tolist())
+        columns = {name: examples.batch(name, rows, self.padding[name]) for name in examples.names}
+        lengths = examples.lengths[rows]
+        is_marked = examples.has_masks or self.unmarked_padding is None
+        ends = lengths if is_marked else _ends(columns["input_ids"] != self.unmarked_padding, lengths)
+        tensors = {name: torch.from_numpy(values).to(self.model.device) for name, values in columns.items()}
+        return StagedRows(tensors, lengths.tolist(), examples.is_whole[rows].tolist(), ends.tolist())
 
     @torch.inference_mode()
     def join(self, parts: Sequence[tuple[StagedRows, Sequence[int]]]) -> StagedRows:
         """One batch of rows of several, no longer than these rows need."""
         lengths = [rows.lengths[position] for rows, positions in parts for position in positions]
         is_whole = [rows.is_whole[position] for rows, positions in parts for position in positions]
+        ends = [rows.ends[position] for rows, positions in parts for position in positions]
         chosen = [_Chosen(rows, positions) for rows, positions in parts]
         first, length = parts[0][0], max(lengths)
         tensors = {
             name: torch.cat([one.padded(one.rows.tensors[name], length, self.padding[name]) for one in chosen])
             for name in first.tensors
         }
-        return StagedRows(tensors, lengths, is_whole, _joined_progress(chosen, length), _joined_answers(chosen))
+        return StagedRows(tensors, lengths, is_whole, ends, _joined_progress(chosen, length), _joined_answers(chosen))
 
     @torch.inference_mode()
     def run(self, stage: int, batch: StagedRows) -> StageResult[StagedRows, Answers]:
@@ -119,6 +137,7 @@ class TorchStages:
             leaving.inputs.tensors,
             [batch.lengths[position] for position in staying],
             [batch.is_whole[position] for position in staying],
+            [batch.ends[position] for position in staying],
             Progress(progress.depth, hidden, progress.output_length),
             answers.select(staying),
         )
@@ -133,6 +152,17 @@ class TorchStages:
         """Answers on the CPU, in float32."""
         certainty = None if answers.certainty is None else answers.certainty.float().cpu().numpy()
         return RowAnswers(answers.logits.float().cpu().numpy(), answers.exit_index.cpu().numpy(), certainty)
+
+
+def _ends(is_real: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """One past each row's last real token, at least 1.
+
+    Args:
+        is_real (`np.ndarray` of shape `(rows, length)`): Where a token is no padding.
+        lengths (`np.ndarray` of shape `(rows,)`): Tokens of each row.
+    """
+    positions = np.arange(is_real.shape[1])
+    return np.where(is_real & (positions < lengths[:, None]), positions + 1, 1).max(axis=1)
 
 
 class _Chosen:

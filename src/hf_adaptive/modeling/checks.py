@@ -1,0 +1,27 @@
+"""Checks of single values that users give; a `ValueError` names the value, what is allowed, and what was given."""
+
+import math
+from numbers import Integral, Real
+from typing import Any
+
+
+def is_whole_number(value: Any) -> bool:
+    """Whether it is an integer, of Python or numpy; truth values are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number, of Python or numpy; truth values are none."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Raises `ValueError` unless a whole number of at least so many."""
+    if not is_whole_number(value) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {shortened(value)}.")
+
+
+def shortened(value: Any) -> str:
+    """A value as text, for messages."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
