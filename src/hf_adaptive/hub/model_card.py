@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata, resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
+from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -16,6 +17,7 @@ from ..files import write_whole
 from ..modeling.criteria import CRITERIA
 from ..version import __version__
 from .authorship import BLANK_SEAL, is_nobodys, sealed
+from .names import as_code, as_literal, as_text, one_line
 
 if TYPE_CHECKING:
     from ..evaluation.report import CurvePoint, ExitReport
@@ -65,20 +67,24 @@ def model_card(
     _check_report(config, report)
     base_model = base_model or config._name_or_path or None
     base_model = None if base_model == repo_id else base_model
+    repo_id = one_line(repo_id) or "this-model"
+    base_model, dataset_name = _cleaned(base_model), _cleaned(dataset_name)
     template = resources.files(__package__).joinpath("card_template.md").read_text(encoding="utf-8")
     card = ModelCard.from_template(
         _metadata(config, report, repo_id, base_model, dataset_name, language, license, tags, widget),
         template_str=template,
         seal=BLANK_SEAL,
-        model_name=_last_part(repo_id),
-        repo_id=repo_id,
+        model_name=as_text(_last_part(repo_id)),
+        repo_literal=as_literal(repo_id),
         base_model=_shown(base_model, "https://huggingface.co"),
         dataset=_shown(dataset_name, "https://huggingface.co/datasets"),
         facts=_facts(config),
         exit_table=_exit_table(config, report),
         curve_table=_curve_table(config, report) if report is not None and report.curve else None,
-        plot_file=plot_file,
+        plot_file=None if plot_file is None else quote(plot_file),
         report=report,
+        metric=None if report is None else as_text(report.metric_name),
+        device=None if report is None else as_text(report.device),
         chosen=_chosen(config, report),
         promise=_promise(config),
         reproduction=_reproduction(training),
@@ -143,7 +149,7 @@ def _metadata(
         tags=["early-exit", "hf_adaptive", *_own_tags(config), *(tags or [])],
         base_model=base_model if _is_hub_name(base_model) else None,
         datasets=[dataset_name] if _is_hub_name(dataset_name) else None,
-        metrics=[report.metric_name] if report is not None else None,
+        metrics=[one_line(report.metric_name)] if report is not None else None,
         model_name=_last_part(repo_id) if results else None,
         eval_results=results or None,
         **_widget(widget),
@@ -164,13 +170,14 @@ def _own_tags(config: Any) -> list[str]:
 
 def _eval_results(config: Any, report: "ExitReport", dataset_name: str | None) -> list[EvalResult]:
     """One result with a score for every exit, and one for the stored thresholds if they are on the curve."""
+    metric = one_line(report.metric_name)
     scores = [
-        (f"{report.metric_name} after layer {layer} (cost {cost:.2f})", round(score, 4))
+        (f"{metric} after layer {layer} (cost {cost:.2f})", round(score, 4))
         for layer, cost, score in zip(report.exit_layers, report.costs, report.accuracy)
     ]
     chosen = _chosen(config, report)
     if chosen is not None:
-        name = f"{report.metric_name} with the stored thresholds (cost {chosen.cost:.2f})"
+        name = f"{metric} with the stored thresholds (cost {chosen.cost:.2f})"
         scores.append((name, round(chosen.accuracy, 4)))
     return [
         EvalResult(
@@ -178,7 +185,7 @@ def _eval_results(config: Any, report: "ExitReport", dataset_name: str | None) -
             task_name="Text classification",
             dataset_type=dataset_name if _is_hub_name(dataset_name) else "unknown",
             dataset_name=_last_part(dataset_name) if dataset_name else "held-out data",
-            metric_type=report.metric_name,
+            metric_type=metric,
             metric_name=name,
             metric_value=score,
         )
@@ -208,6 +215,10 @@ def _is_hub_name(name: str | None) -> TypeGuard[str]:
     return True
 
 
+def _cleaned(name: str | None) -> str | None:
+    return None if name is None else one_line(name) or None
+
+
 def _last_part(name: str) -> str:
     """The name without the owner; of a path without the folders, because they are nobody's business."""
     return Path(name).name
@@ -216,7 +227,7 @@ def _last_part(name: str) -> str:
 def _shown(name: str | None, address: str) -> str | None:
     if name is None:
         return None
-    return f"[{name}]({address}/{name})" if _is_hub_name(name) else f"`{_last_part(name)}`"
+    return f"[{name}]({address}/{name})" if _is_hub_name(name) else as_code(_last_part(name))
 
 
 # Text
@@ -242,7 +253,7 @@ def _words(config: Any) -> dict[str, Any]:
 
 def _facts(config: Any) -> str:
     values = config.to_dict()
-    labels = [str(config.id2label[index]) for index in sorted(config.id2label)]
+    labels = [as_text(str(config.id2label[index])) for index in sorted(config.id2label)]
     branch_layers = values.get("exit_branch_layers")
     shown = ", ".join(labels[:10]) + (f", … ({len(labels)} in all)" if len(labels) > 10 else "")
     rows = [
@@ -277,7 +288,7 @@ def _exit_table(config: Any, report: "ExitReport | None") -> str:
     columns = {
         "layers run": [str(layer) for layer in config.exit_layers],
         "cost": [f"{cost:.2f}" for cost in config.exit_costs],
-        **({report.metric_name: [f"{score:.4f}" for score in report.accuracy]} if report is not None else {}),
+        **({as_text(report.metric_name): [f"{score:.4f}" for score in report.accuracy]} if report is not None else {}),
         "threshold": ["–" if threshold is None else f"{threshold:.4g}" for threshold in thresholds],
         "temperature": [f"{temperature:.4g}" for temperature in config.exit_temperatures or [1] * exits],
     }
@@ -285,7 +296,7 @@ def _exit_table(config: Any, report: "ExitReport | None") -> str:
 
 
 def _curve_table(config: Any, report: "ExitReport") -> str:
-    header = ["threshold", "cost", report.metric_name]
+    header = ["threshold", "cost", as_text(report.metric_name)]
     if report.full_seconds:
         header += ["times as fast"]
     layers = " / ".join(map(str, report.exit_layers))
@@ -339,13 +350,14 @@ def _wish_in_words(wish: Mapping[str, Any]) -> str:
         "max_accuracy_drop": f"at most {bound:.3g} points of accuracy lost against the last exit",
         "max_disagreement": f"at most {bound:.3g} % answers other than the last exit's",
     }
-    return words.get(wish["name"], f"{wish['name']}={wish['bound']:g}")
+    return words.get(wish["name"], as_text(f"{wish['name']}={wish['bound']:g}"))
 
 
 def _reproduction(training: Mapping[str, Any] | None) -> str:
     versions = {name: metadata.version(name) for name in ("transformers", "torch")}
     settings = {**(training or {}), **versions, "hf_adaptive": __version__}
-    shown = [(name, f"{value:g}" if isinstance(value, float) else str(value)) for name, value in settings.items()]
+    texts = {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in settings.items()}
+    shown = [(as_text(name), as_text(text)) for name, text in texts.items()]
     return _table(("", ""), shown, numbers=False)
 
 
