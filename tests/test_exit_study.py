@@ -108,6 +108,11 @@ def test_tables_and_figures(whole):
     }  # fmt: skip
 
 
+def test_nothing_tells_of_the_machine_that_trained(whole, folder):
+    written = [file for place in (whole, folder / "cards") for file in place.rglob("*") if file.is_file()]
+    assert not [file for file in written if str(folder).encode() in file.read_bytes()]
+
+
 def test_numbers_on_the_cards_are_of_the_json(whole, folder):
     found = json.loads(results(whole))
     run = next(run for run in found["runs"] if (run["task"], run["method"], run["seed"]) == ("toy", "multi-model", 0))

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from measuring import Spread
 
-from hf_adaptive.files import write_whole
+from hf_adaptive.modeling.switch import replaced_files
 
 LAYERS_COLOR, TOKENS_COLOR, IDEAL_COLOR = "#0b6e99", "#d9730d", "#6b6b6b"
 
@@ -113,10 +113,11 @@ class Results:
             "curve": [asdict(point) for point in self.curve],
         }
         text = json.dumps(plain, indent=2, ensure_ascii=False) + "\n"
-        write_whole(folder / "benchmarks.json", lambda draft: Path(draft).write_text(text))
-        write_whole(folder / "benchmarks.md", lambda draft: Path(draft).write_text(self.table() + "\n"))
-        if self.curve:
-            write_whole(folder / "cost_and_time.png", self._plot)
+        with replaced_files(folder, "benchmarks.json") as new:
+            (new / "benchmarks.json").write_text(text, encoding="utf-8")
+            (new / "benchmarks.md").write_text(self.table() + "\n", encoding="utf-8")
+            if self.curve:
+                self._plot(new / "cost_and_time.png")
 
     def table(self) -> str:
         """Markdown: the machine, what was run, and a line for each result."""
@@ -141,7 +142,7 @@ class Results:
         described = "; ".join(f"{name}: {value}" for name, value in self.settings.items())
         return f"Run with {described}. Targets are for a 12-layer base-size encoder on 2 CPU cores or a GPU."
 
-    def _plot(self, path: str) -> None:
+    def _plot(self, path: Path) -> None:
         figure = Figure(figsize=(6.4, 5.2), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()

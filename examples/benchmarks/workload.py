@@ -23,6 +23,7 @@ from transformers import (
 
 from hf_adaptive import AutoModelForSequenceClassificationWithExits, evaluate_exits
 from hf_adaptive.modeling.criteria import CRITERIA
+from hf_adaptive.modeling.switch import replaced_files
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 from text_data import DataArguments, encoder_path, load_splits
@@ -172,9 +173,10 @@ class Workload:
     def plain_checkpoint(self) -> Path:
         """A checkpoint of the stock classifier."""
         folder = self.folder / "models" / f"{self._name}-plain"
-        if not folder.exists():
+        if not (folder / "config.json").exists():
             stock = AutoModelForSequenceClassification.from_pretrained(self.encoder, **self._labels)
-            stock.save_pretrained(folder)
+            with replaced_files(folder, "config.json") as new:
+                stock.save_pretrained(new)
         return folder
 
     @cached_property
@@ -190,7 +192,7 @@ class Workload:
             return self.given_checkpoint
         name = "-".join(map(str, self.size.exit_layers))
         folder = self.folder / "models" / f"{self._name}-exits-{name}"
-        if not folder.exists():
+        if not (folder / "config.json").exists():
             self._train_exits(folder)
         return folder
 
@@ -218,9 +220,10 @@ class Workload:
         if not self.size.bert_is_random:
             return self.encoder
         folder = self.folder / "models" / "bert-base-random"
-        if not folder.exists():
+        if not (folder / "config.json").exists():
             config = BertConfig(vocab_size=len(self.tokenizer), pad_token_id=self.tokenizer.pad_token_id)
-            BertForSequenceClassification(config).save_pretrained(folder)
+            with replaced_files(folder, "config.json") as new:
+                BertForSequenceClassification(config).save_pretrained(new)
         return folder
 
     def untrained(self, **fields: Any) -> Any:

@@ -1,5 +1,6 @@
-"""Files written whole or not at all."""
+"""Files written whole or not at all, and what of their names is anybody's business."""
 
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -23,3 +24,22 @@ def write_whole(path: str | os.PathLike, write: Callable[[str], object]) -> None
     target = Path(path)
     with replaced_files(target.parent, target.name) as new:
         write(str(new / target.name))
+
+
+def public_name(name: str) -> str:
+    """A Hub name as it is; of a folder or file the last part, because where it lies tells of nothing but a machine."""
+    path = Path(name)
+    is_local = path.exists() or path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2
+    return path.name if is_local else name
+
+
+def identified(name: str) -> str:
+    """The public name, and of a file or folder a checksum of what is in it: another one may have the same name."""
+    path = Path(name)
+    if not path.exists():
+        return public_name(name)
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            digest.update(f"{file.relative_to(path)}\0".encode() + hashlib.sha256(file.read_bytes()).digest())
+    return f"{path.name} (sha256 {digest.hexdigest()[:16]})"

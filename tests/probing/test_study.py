@@ -82,6 +82,8 @@ def test_one_command_gives_table_pictures_and_results(run, tmp_path, task, fixed
     baseline, half, _ = results["summary"]
     assert half["relative_drop"] == pytest.approx(1 - half["mean"] / baseline["mean"])
     assert "| 8 (100 %) |" in (tmp_path / "out" / "table.md").read_text()
+    written = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    assert not [file for file in written if str(tmp_path).encode() in file.read_bytes()]
 
 
 def test_a_stopped_study_goes_on_without_repeating_steps(run, study, tmp_path, monkeypatch):

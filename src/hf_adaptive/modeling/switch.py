@@ -34,7 +34,7 @@ def replaced_files(
 
     Args:
         folder (`str` or `os.PathLike`): Where the files are to be; made if it does not exist.
-        deciding (`str`): The new file that is moved last.
+        deciding (`str`): The new file that is moved last. Where there is none of this name, another one is.
         is_stale (`Callable[[str], bool]`): Tells from its name whether an old file has to go where no new one takes
             its place.
 
@@ -84,6 +84,8 @@ def _switch(draft: Path, deciding: str, is_stale: Callable[[str], bool]) -> None
     folder, new = draft.parent, draft / _NEW
     paths = (path.relative_to(new).as_posix() for path in new.rglob("*") if path.is_file())
     names = sorted(paths, key=lambda name: (name == deciding, name))
+    if not names:
+        return
     stale = [path.name for path in folder.iterdir() if is_stale(path.name) and path.name not in names]
     kept = [name for name in [*names, *stale] if (folder / name).exists()]
     for name in kept:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..files import write_whole
+from ..files import public_name, write_whole
 
 _FORMAT = "hf_adaptive.mean_attention"
 _MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -32,7 +32,7 @@ class MeanAttention:
         counts (`torch.Tensor`): `(length, length)` float64, the number of those examples.
         model_print (`torch.Tensor`): One norm for each weight of the backbone, by which another model is recognised.
         batches (`int`): Batches seen so far.
-        model_name (`str`): Where the model came from, for messages.
+        model_name (`str`): The model's name on the Hub or its folder's own name, for messages.
     """
 
     sums: torch.Tensor
@@ -50,7 +50,7 @@ class MeanAttention:
             sums=torch.zeros(shape, dtype=torch.float64, device=model.device),
             counts=torch.zeros(shape[2:], dtype=torch.float64, device=model.device),
             model_print=model_print(model),
-            model_name=config.name_or_path or "",
+            model_name=public_name(config.name_or_path or ""),
         )
 
     @property
