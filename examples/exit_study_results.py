@@ -215,17 +215,16 @@ def _heading(settings: Values) -> str:
 def _setting_tables(name: str, setting: Values) -> str:
     layers = setting["exit_layers"]
     exits = [
-        (method, *map(_percent, intervals), _mean_of_exits(intervals))
-        for method, intervals in setting["exits"].items()
+        (method, *map(percent, intervals), _mean_of_exits(intervals)) for method, intervals in setting["exits"].items()
     ]
     ranges = list(next(iter(setting["areas"].values())))
-    areas = [(method, *(_percent(own[one]) for one in ranges)) for method, own in setting["areas"].items()]
+    areas = [(method, *(percent(own[one]) for one in ranges)) for method, own in setting["areas"].items()]
     parts = [
         f"## {name} pooling",
         f"{setting['metric']} of single exits, all of {setting['test_examples']} test examples answered by one:",
-        _table(("method", *(f"layer {layer}" for layer in layers), "mean"), exits),
+        table(("method", *(f"layer {layer}" for layer in layers), "mean"), exits),
         "Area under the curve: the mean score over a range.",
-        _table(("method", *ranges), areas),
+        table(("method", *ranges), areas),
         "Best of the paper's three methods: " + _best_in_words(setting["best_of_paper"]) + "\n\nBest of all: "
         "" + _best_in_words(setting["best_of_all"]),
     ]
@@ -233,18 +232,18 @@ def _setting_tables(name: str, setting: Values) -> str:
 
 
 def _mean_of_exits(intervals: list[Values]) -> str:
-    return _percent(interval([float(np.mean(values)) for values in zip(*(one["values"] for one in intervals))]))
+    return percent(interval([float(np.mean(values)) for values in zip(*(one["values"] for one in intervals))]))
 
 
 def _difference_tables(values: Values) -> list[str]:
     parts = []
     if values["comparisons"]:
-        rows = [(name, _points(one), _papers_number(name)) for name, one in values["comparisons"].items()]
-        parts += ["Single exits, on average:", _table(("difference", "here", "paper"), rows)]
+        rows = [(name, points(one), _papers_number(name)) for name, one in values["comparisons"].items()]
+        parts += ["Single exits, on average:", table(("difference", "here", "paper"), rows)]
     if values["between"]:
         columns = list(next(iter(values["between"].values())))
-        rows = [(method, *(_points(own[name]) for name in columns)) for method, own in values["between"].items()]
-        parts += ["Between SWEET and joint training:", _table(("method", *columns), rows)]
+        rows = [(method, *(points(own[name]) for name in columns)) for method, own in values["between"].items()]
+        parts += ["Between SWEET and joint training:", table(("method", *columns), rows)]
     return parts
 
 
@@ -280,7 +279,7 @@ def _timing_table(timing: Values) -> str:
         f"first {timing['wanted']['examples']} test examples; medians of {timing['rounds']} rounds. Times as fast: "
         "as all layers of the joint model (of the method itself where it is not timed)."
     )
-    return "\n\n".join(["## Time", words, _table(("setting", "method", "cost", "seconds", "times as fast"), rows)])
+    return "\n\n".join(["## Time", words, table(("setting", "method", "cost", "seconds", "times as fast"), rows)])
 
 
 def timed_runs(timing: Values) -> list[tuple[Values, list[Values]]]:
@@ -307,14 +306,17 @@ def median_seconds(point: Values) -> float:
     return float(np.median(point["seconds"]))
 
 
-def _percent(one: Values) -> str:
+def percent(one: Values) -> str:
+    """A score in %, with half of its interval."""
     return f"{100 * one['mean']:.1f}" + ("" if one["half"] is None else f" ± {100 * one['half']:.1f}")
 
 
-def _points(one: Values) -> str:
+def points(one: Values) -> str:
+    """A difference in points, with half of its interval."""
     return f"{100 * one['mean']:+.1f}" + ("" if one["half"] is None else f" ± {100 * one['half']:.1f}")
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    ruler = ["---", *["---:"] * (len(header) - 1)]
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
+    """A Markdown table whose first columns are words and the others numbers."""
+    ruler = [*["---"] * words, *["---:"] * (len(header) - words)]
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, ruler, *rows))

@@ -20,6 +20,8 @@ ROWS = {
     "nothing_exits": 2,
     "sweet_step": 1,
     "sweet_memory": 4,
+    "branch_step": 2,
+    "branch_memory": 1,
     "constant_heads": 3,
     "remote_code_load": 1,
 }

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -168,6 +169,51 @@ def test_bad_tasks_and_methods_are_named(monkeypatch):
         script.Task.parse("toy=toy,txt=text")
     with pytest.raises(ValueError, match="got 'toy'"):
         script.Task.parse("toy")
-    for method in ("share-2", "share-", "swet"):
-        with pytest.raises(ValueError, match=f"unknown method '{method}'"):
+    for method in ("share-2", "share-", "swet", "joint+twig", "joint+distilled+branch", "multi-model+branch"):
+        with pytest.raises(ValueError, match=re.escape(f"unknown method '{method}'")):
             script.methods_named(["joint", method])
+    assert script.methods_named(["share-0.3+branch", "sweet+branch+distilled"])
+
+
+def report(first, last, dearest=1.0):
+    """Of two exits, and thresholds between leaving at once and running everything."""
+    curve = [{"cost": 0.1, "accuracy": first}, {"cost": 0.5, "accuracy": last}]
+    return {
+        "exit_layers": [1, 4],
+        "costs": [0.1, dearest],
+        "accuracy": [first, last],
+        "curve": curve,
+        "num_examples": 10,
+    }
+
+
+def test_the_page_on_both_ends_says_what_was_kept_and_what_was_missed(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    script = importlib.import_module("exit_study_both_ends")
+    scores = {
+        "joint": (0.70, 0.90),
+        "sweet": (0.80, 0.84),
+        "multi-model": (0.81, 0.90),
+        "joint+branch+distilled": (0.81, 0.89),
+        "joint+branch": (0.81, 0.89),
+    }
+    (tmp_path / "runs").mkdir()
+    for method, (first, last) in scores.items():
+        for seed in (0, 1) if method == "joint+branch" else (0, 1, 2):
+            shift = seed / 1000
+            run = {"task": "toy", "pooling": "mean", "method": method, "seed": seed}
+            run["report"] = report(first + shift, last + shift, 1.5 if "branch" in method else 1.0)
+            (tmp_path / "runs" / f"{method}-{seed}.json").write_text(json.dumps(run))
+    settings = {"model": "tiny", "exit_layers": [1, 4], "max_train_examples": 9, "num_train_epochs": 1.0}
+    settings |= {"learning_rate": 1e-4, "tasks": {"toy": {}, "not yet": {}}}
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    monkeypatch.setattr(sys, "argv", ["script", str(tmp_path), str(tmp_path / "page")])
+    script.main()
+    page = (tmp_path / "page" / "README.md").read_text()
+    assert "| toy | last exit ≥ plain − 0.3 | -1.0 ± 0.0 | **no** |" in page
+    assert "| toy | first exit ≥ its depth alone − 0.5 | +0.0 ± 0.0 | yes |" in page
+    assert "| joint | 70.1 ± 0.2 | 90.1 ± 0.2 | 1.00 |" in page
+    assert "| joint+branch |" not in page  # a seed is missing
+    assert (tmp_path / "page" / "curves-toy.svg").exists()
+    task = json.loads((tmp_path / "page" / "results.json").read_text())["tasks"][0]
+    assert len(task["methods"]["sweet"]["curve"]) == 3

@@ -27,7 +27,7 @@ from loading import remote_code_load
 from measuring import describe_machine
 from profiling import where_time_goes
 from results import CurvePoint, Result, Results
-from training import sweet_memory, sweet_step
+from training import branch_memory, branch_step, sweet_memory, sweet_step
 from workload import FULL, QUICK, Size, Workload
 
 from text_data import DataArguments
@@ -43,6 +43,8 @@ ROWS: dict[str, Row] = {
         where_time_goes,
         sweet_step,
         sweet_memory,
+        branch_step,
+        branch_memory,
         constant_heads,
         remote_code_load,
         composition,
