@@ -31,7 +31,8 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModel, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments
 
 from hf_adaptive.files import identified, write_whole
-from hf_adaptive.modeling import papa
+from hf_adaptive.modeling.architectures import papa_class
+from hf_adaptive.modeling.papa_configuration import TRAINABLE_PARTS
 from hf_adaptive.modeling.switch import replaced_files, settle
 from hf_adaptive.probing import (
     HeadRanking,
@@ -53,7 +54,7 @@ IGNORED = -100
 class StudyArguments:
     """Every field is a flag."""
 
-    model: str = field(metadata={"help": "A plain BERT, RoBERTa or DeBERTa checkpoint: Hub name or folder."})
+    model: str = field(metadata={"help": "A plain checkpoint: Hub name or folder."})
     output_dir: str = field(metadata={"help": "Where everything is written."})
     train_file: str = field(metadata={"help": "Parquet, CSV or JSON lines."})
     validation_file: str = field(metadata={"help": "As train_file; used for the scores only."})
@@ -73,7 +74,7 @@ class StudyArguments:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "One probe is trained with each."})
     trainable_part: str = field(
         default="probe",
-        metadata={"help": "Beside the probe, also the constants, or all.", "choices": list(papa.TRAINABLE_PARTS)},
+        metadata={"help": "Beside the probe, also the constants, or all.", "choices": list(TRAINABLE_PARTS)},
     )
     epochs: float = field(default=3, metadata={"help": "For every probe and for the ranking."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Of the probe."})
@@ -351,12 +352,7 @@ def _read(file: str, size: int) -> datasets.Dataset:
 
 
 def _model_class(arguments: StudyArguments) -> type:
-    model_type = AutoConfig.from_pretrained(arguments.model).model_type
-    if model_type not in papa.PAPA_ARCHITECTURES:
-        raise ValueError(
-            f"{arguments.model} is of type {model_type!r}. PAPA supports {', '.join(papa.PAPA_ARCHITECTURES)}."
-        )
-    return getattr(papa, f"Papa{papa.PAPA_ARCHITECTURES[model_type].prefix}{MODEL_SUFFIXES[arguments.task]}")
+    return papa_class(AutoConfig.from_pretrained(arguments.model).model_type, MODEL_SUFFIXES[arguments.task])
 
 
 def _accuracy(prediction: transformers.EvalPrediction) -> dict[str, float]:

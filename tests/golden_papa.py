@@ -9,8 +9,8 @@ import transformers
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from hf_adaptive.modeling import papa
-from hf_adaptive.modeling.constant_attention import install_constant_heads
+import hf_adaptive
+from hf_adaptive.modeling.constant_heads import install_constant_heads
 
 FOLDER = Path(__file__).parent / "golden" / "papa"
 FAMILIES = ("bert", "roberta", "deberta")
@@ -48,17 +48,17 @@ def under(prefix: str, stored: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 
 
 def class_of(family: str, suffix: str) -> type:
-    return getattr(papa, f"Papa{papa.PAPA_ARCHITECTURES[family].prefix}{suffix}")
+    return getattr(hf_adaptive, f"Papa{hf_adaptive.ARCHITECTURES[family].name}{suffix}")
 
 
 def stock_class_of(family: str, suffix: str) -> type:
-    return papa.PAPA_ARCHITECTURES[family].stock(suffix)
+    return hf_adaptive.ARCHITECTURES[family].stock(suffix)
 
 
 def stock_backbone(family: str, state: str = "state_dict") -> PreTrainedModel:
     """The plain backbone with the reference's weights."""
     config = transformers.AutoConfig.for_model(family, **results(family)["config"], attn_implementation="eager")
-    backbone = stock_class_of(family, "Model")(config, **papa.PAPA_ARCHITECTURES[family].backbone_kwargs())
+    backbone = stock_class_of(family, "Model")(config, **hf_adaptive.ARCHITECTURES[family].model_arguments)
     weights = {
         name: weight
         for name, weight in under(f"{family}.", tensors(f"{family}/{state}")).items()
@@ -87,7 +87,9 @@ def model(
     )
     converted = class_of(family, task)(config)
     backbone = stock_backbone(family, state)
-    install_constant_heads(backbone, config, averages(family) if constants is None else constants)
+    install_constant_heads(
+        backbone, hf_adaptive.ARCHITECTURES[family], config, averages(family) if constants is None else constants
+    )
     converted.base_model.load_state_dict(backbone.state_dict())
     outcome = converted.load_state_dict(probe_weights(family, tensors(f"{family}/{state}")), strict=False)
     assert not outcome.unexpected_keys

@@ -6,7 +6,7 @@ from results import Result, Target
 from transformers import AutoConfig, AutoModelForSequenceClassification
 from workload import BATCH_SIZE, Workload
 
-from hf_adaptive.modeling import papa
+from hf_adaptive.modeling.architectures import papa_class
 
 
 def constant_heads(workload: Workload) -> list[Result]:
@@ -60,14 +60,8 @@ class BatchRun:
 def _with_constant_heads(workload: Workload, heads: list[list[int]]):
     """Random constants: speed does not depend on them."""
     config = AutoConfig.from_pretrained(workload.bert)
-    if config.model_type not in papa.PAPA_ARCHITECTURES:
-        raise ValueError(
-            f"constant heads cannot be measured on {workload.bert}, of type {config.model_type!r}: allowed are "
-            f"{', '.join(papa.PAPA_ARCHITECTURES)}. Give such an --encoder, or leave --quick out."
-        )
-    prefix = papa.PAPA_ARCHITECTURES[config.model_type].prefix
+    model_class = papa_class(config.model_type, "ForSequenceClassification")
     shape = (config.num_hidden_layers, config.num_attention_heads, workload.longest, workload.longest)
-    model_class = getattr(papa, f"Papa{prefix}ForSequenceClassification")
     constants = torch.randn(shape, generator=torch.Generator().manual_seed(0)).softmax(dim=-1)
     return model_class.from_pretrained(
         workload.bert, constants=constants, constant_heads=heads, attn_implementation="sdpa"

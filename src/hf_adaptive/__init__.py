@@ -6,7 +6,6 @@ from .auto import AutoModelForSequenceClassificationWithExits
 from .calibration import CalibrationReport, ExitCalibrator, calibrate_exits
 from .evaluation import ExitReport, evaluate_exits
 from .hub import choose_card_to_upload
-from .modeling import papa
 from .modeling.architectures import ARCHITECTURES, Architecture, make_class, register_architecture
 from .modeling.cascade import CascadeConfig, CascadeForSequenceClassification
 from .modeling.exits import ExitsMixin
@@ -27,7 +26,6 @@ from .version import __version__
 
 for _architecture in list(ARCHITECTURES.values()):
     register_architecture(_architecture)
-papa.register()
 ExitsMixin.before_upload = CascadeForSequenceClassification.before_upload = choose_card_to_upload
 AutoConfig.register(CascadeConfig.model_type, CascadeConfig, exist_ok=True)
 AutoModelForSequenceClassification.register(CascadeConfig, CascadeForSequenceClassification, exist_ok=True)
@@ -35,7 +33,7 @@ AutoModelForSequenceClassification.register(CascadeConfig, CascadeForSequenceCla
 
 def __getattr__(name: str) -> type:
     """The classes of every architecture: `BertWithExitsConfig`, `PapaBertForMaskedLM`, …"""
-    return getattr(papa, name) if name.startswith("Papa") else make_class(name)
+    return make_class(name)
 
 
 __all__ = [
@@ -63,10 +61,5 @@ __all__ = [
     "mean_attention",
     "rank_heads",
     "register_architecture",
-    *(
-        name
-        for architecture in ARCHITECTURES.values()
-        for name in (architecture.config_name, architecture.classifier_name)
-    ),
-    *papa.__all__,
+    *(name for architecture in ARCHITECTURES.values() for name in architecture.class_names),
 ]

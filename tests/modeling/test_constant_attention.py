@@ -9,14 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_adaptive.modeling import papa
-from hf_adaptive.modeling.constant_attention import (
-    SUPPORTED_BACKBONES,
-    constant_context,
-    constant_probabilities,
-    install_constant_heads,
-    select_heads,
-)
+import hf_adaptive
+from hf_adaptive.modeling.constant_attention import constant_context, constant_probabilities
+from hf_adaptive.modeling.constant_heads import install_constant_heads
+from hf_adaptive.modeling.head_choice import select_heads
 from tests import golden_papa as golden
 
 HEADS = [[0, 0], [0, 3], [2, 1], [3, 0], [3, 1], [3, 2], [3, 3]]
@@ -28,10 +24,10 @@ def backbone(family, *, heads=HEADS, dropout=0.0, attn_implementation="eager", s
     fields = {**golden.results(family)["config"], "attention_probs_dropout_prob": dropout}
     config = transformers.AutoConfig.for_model(family, **fields, attn_implementation=attn_implementation)
     with torch.device(device):
-        model = golden.stock_class_of(family, "Model")(config, **papa.PAPA_ARCHITECTURES[family].backbone_kwargs())
+        model = golden.stock_class_of(family, "Model")(config, **hf_adaptive.ARCHITECTURES[family].model_arguments)
     config.constant_heads, config.constant_length = heads, golden.LENGTH
     constants = torch.rand(6, 4, golden.LENGTH, golden.LENGTH) if device == "cpu" else None
-    install_constant_heads(model, config, constants)
+    install_constant_heads(model, hf_adaptive.ARCHITECTURES[family], config, constants)
     return model.eval()
 
 
@@ -103,7 +99,7 @@ def test_no_mask_equals_a_mask_of_ones_and_a_shorter_input_its_padded_form(famil
 def mask_forms(layout, real):
     """Every form in which transformers hands the padding vector `real` to a layer."""
     square = real[:, None, :, None] & real[:, None, None, :]
-    if layout.fused_projection:
+    if not layout.has_additive_mask:
         return [square.long(), square.float(), square]
     keys = real[:, None, None, :]
     wide = keys.expand(-1, -1, real.shape[1], -1)
@@ -113,14 +109,15 @@ def mask_forms(layout, real):
 
 @given(real=masks)
 def test_padding_is_read_from_every_form_of_mask(real):
-    for layout in set(SUPPORTED_BACKBONES.values()):
+    for name in ("bert", "deberta"):
+        layout = hf_adaptive.ARCHITECTURES[name].attention
         for mask in mask_forms(layout, real):
             assert torch.equal(layout.real_positions(mask), real)
         assert layout.real_positions(None) is None
 
 
 def test_an_unreadable_mask_is_an_error():
-    layout = SUPPORTED_BACKBONES["BertModel"]
+    layout = hf_adaptive.ARCHITECTURES["bert"].attention
     with pytest.raises(ValueError, match=r"mask of type object.*attn_implementation"):
         layout.real_positions(object())
 
@@ -257,7 +254,7 @@ def test_installs_on_the_meta_device(family):
 def test_installing_twice_is_an_error():
     model = backbone("bert")
     with pytest.raises(ValueError, match="constant heads already"):
-        install_constant_heads(model, model.config)
+        install_constant_heads(model, hf_adaptive.ARCHITECTURES["bert"], model.config)
 
 
 @pytest.mark.parametrize("family", golden.FAMILIES)
@@ -281,11 +278,11 @@ def test_a_fraction_selects_the_first_whole_heads(fraction, layers, heads, data)
     ("fields", "message"), [({"is_decoder": True}, "bidirectional attention"), ({"add_cross_attention": False}, None)]
 )
 def test_a_decoder_is_refused(fields, message):
-    config = papa.PapaBertConfig(
+    config = hf_adaptive.PapaBertConfig(
         **golden.results("bert")["config"], **fields, constant_heads=[[0, 0]], constant_length=4
     )
     if message is None:
-        papa.PapaBertForMaskedLM(config)
+        hf_adaptive.PapaBertForMaskedLM(config)
         return
     with pytest.raises(ValueError, match=message):
-        papa.PapaBertForSequenceClassification(config)
+        hf_adaptive.PapaBertForSequenceClassification(config)

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-import hf_adaptive  # noqa: F401 - registers the classes with the Auto classes
+import hf_adaptive
 from hf_adaptive import mean_attention
-from hf_adaptive.modeling import papa
+from hf_adaptive.modeling.constant_heads import install_constant_heads
+from hf_adaptive.modeling.papa import PapaPooler, PapaTokenHead
 from tests import golden_papa as golden
 
 LOGITS = {"atol": 1e-5, "rtol": 0}
@@ -64,7 +65,7 @@ def test_constant_heads_under_the_stock_classifier_match_the_reference(family, h
     config = golden.class_of(family, "Config")(
         **golden.results(family)["config"], constant_heads=heads_of(family, head_set), constant_length=golden.LENGTH
     )
-    papa.install_constant_heads(model.base_model, config, golden.averages(family))
+    install_constant_heads(model.base_model, hf_adaptive.ARCHITECTURES[family], config, golden.averages(family))
     logits = model(**golden.tensors(f"{family}/inputs")).logits
     expected = golden.tensors(f"{family}/static")[f"{head_set}/logits_ordinary_pooler"]
     torch.testing.assert_close(logits, expected, **LOGITS)
@@ -163,7 +164,7 @@ def test_pooler_and_token_head_match_the_reference():
     stored = golden.tensors("functions")
     states = stored["hidden_states"]
     config = golden.class_of("bert", "Config")(**golden.results("bert")["config"], constant_length=golden.LENGTH)
-    pooler, head = papa.PapaPooler(config), papa.PapaTokenHead(config)
+    pooler, head = PapaPooler(config), PapaTokenHead(config)
     weights = {
         name.replace("sequence_pooler/", "pooler.").replace("token_classifier/", "classifier."): weight
         for name, weight in stored.items()
@@ -218,7 +219,7 @@ def test_convert_save_load_round_trip(plain_checkpoint, constants, tmp_path, fam
     inputs.pop("labels")
     logits = model(**inputs).logits
     model.save_pretrained(tmp_path / "papa")
-    again = transformers.__dict__[f"AutoModel{task}"].from_pretrained(tmp_path / "papa")
+    again = getattr(transformers, f"AutoModel{task}").from_pretrained(tmp_path / "papa")
 
     assert type(again) is model_class
     assert torch.equal(again(**inputs).logits, logits)
@@ -234,7 +235,7 @@ def test_masked_language_model_without_constant_heads_is_the_stock_model(plain_c
     inputs = golden.tensors("roberta/inputs")
     inputs.pop("labels")
     stock = transformers.RobertaForMaskedLM.from_pretrained(plain)
-    ours = papa.PapaRobertaForMaskedLM.from_pretrained(plain, constant_length=golden.LENGTH)
+    ours = hf_adaptive.PapaRobertaForMaskedLM.from_pretrained(plain, constant_length=golden.LENGTH)
     assert torch.equal(ours(**inputs).logits, stock(**inputs).logits)
 
 
@@ -257,7 +258,7 @@ def test_constant_heads_have_no_query_and_key_weights(plain_checkpoint, constant
 
 
 def test_what_is_new_is_reported(plain_checkpoint, constants):
-    _, info = papa.PapaBertForSequenceClassification.from_pretrained(
+    _, info = hf_adaptive.PapaBertForSequenceClassification.from_pretrained(
         plain_checkpoint(), constants=constants, constant_heads="all", output_loading_info=True
     )
     assert info["missing_keys"] == {
@@ -270,7 +271,7 @@ def test_what_is_new_is_reported(plain_checkpoint, constants):
 
 
 def test_a_head_that_the_plain_checkpoint_lacks_is_new_too(plain_checkpoint, constants):
-    _, info = papa.PapaBertForMaskedLM.from_pretrained(
+    _, info = hf_adaptive.PapaBertForMaskedLM.from_pretrained(
         plain_checkpoint(suffix="Model"), constants=constants, constant_heads="all", output_loading_info=True
     )
     assert "cls.predictions.transform.dense.weight" in info["missing_keys"]
@@ -279,7 +280,7 @@ def test_a_head_that_the_plain_checkpoint_lacks_is_new_too(plain_checkpoint, con
 
 def test_a_fraction_takes_the_beginning_of_the_ranking(plain_checkpoint, constants):
     ranking = [[layer, head] for head in range(4) for layer in range(6)]
-    model = papa.PapaBertForMaskedLM.from_pretrained(
+    model = hf_adaptive.PapaBertForMaskedLM.from_pretrained(
         plain_checkpoint(), constants=constants, constant_heads=0.3, head_ranking=ranking
     )
     assert model.config.constant_heads == sorted(ranking[:7])
@@ -290,13 +291,15 @@ def test_averages_are_taken_from_the_same_checkpoint_only(plain_checkpoint, cons
     plain = plain_checkpoint()
     loader = DataLoader([{"input_ids": torch.arange(3, 3 + length)} for length in (5, 16, 9)], batch_size=1)
     averages = mean_attention(transformers.BertModel.from_pretrained(plain), loader, golden.LENGTH)
-    model = papa.PapaBertForSequenceClassification.from_pretrained(plain, constants=averages, constant_heads="all")
+    model = hf_adaptive.PapaBertForSequenceClassification.from_pretrained(
+        plain, constants=averages, constant_heads="all"
+    )
     torch.testing.assert_close(model.bert.encoder.layer[3].attention.self.constants.data, averages.average[3])
 
     other = transformers.BertModel(AutoConfig.from_pretrained(plain))
     averages = mean_attention(other, loader, golden.LENGTH)
     with pytest.raises(ValueError, match="collected from another model"):
-        papa.PapaBertForSequenceClassification.from_pretrained(plain, constants=averages, constant_heads="all")
+        hf_adaptive.PapaBertForSequenceClassification.from_pretrained(plain, constants=averages, constant_heads="all")
 
 
 FRESH_PROCESS = """
@@ -478,7 +481,7 @@ def test_trains_with_a_plain_trainer(tmp_path):
 def test_configuration_names_what_is_wrong(fields, message):
     values = {**golden.results("bert")["config"], "constant_length": 16}
     with pytest.raises(ValueError, match=message):
-        papa.PapaBertConfig(**{**values, **fields})
+        hf_adaptive.PapaBertConfig(**{**values, **fields})
 
 
 @pytest.mark.parametrize(
@@ -503,26 +506,27 @@ def test_configuration_names_what_is_wrong(fields, message):
 )
 def test_conversion_names_what_is_wrong(plain_checkpoint, arguments, message):
     with pytest.raises(ValueError, match=message):
-        papa.PapaBertForSequenceClassification.from_pretrained(plain_checkpoint(), **arguments)
+        hf_adaptive.PapaBertForSequenceClassification.from_pretrained(plain_checkpoint(), **arguments)
 
 
 def test_another_architecture_is_refused(plain_checkpoint, constants):
-    with pytest.raises(ValueError, match=r"'roberta'.*PAPA supports bert, roberta, deberta"):
-        papa.PapaBertForMaskedLM.from_pretrained(
+    with pytest.raises(ValueError, match=r"model_type='roberta'; PapaBertForMaskedLM loads 'bert' and 'papa-bert'"):
+        hf_adaptive.PapaBertForMaskedLM.from_pretrained(
             plain_checkpoint("roberta"), constants=constants, constant_heads="all"
         )
-    distilbert = transformers.DistilBertModel(
-        transformers.DistilBertConfig(dim=8, n_heads=2, n_layers=1, hidden_dim=8)
-    )
-    config = papa.PapaBertConfig(constant_heads=[[0, 0]], constant_length=4)
-    with pytest.raises(ValueError, match=r"DistilBertModel does not.*BertModel, RobertaModel, DebertaModel"):
-        papa.install_constant_heads(distilbert, config)
+    config = transformers.GPT2Config(n_embd=8, n_head=2, n_layer=1, vocab_size=9)
+    gpt2 = transformers.GPT2Model(config)
+    config.constant_heads, config.constant_length = [[0, 0]], 4
+    with pytest.raises(ValueError, match="GPT2Model cannot have constant heads"):
+        install_constant_heads(gpt2, hf_adaptive.ARCHITECTURES["gpt2"], config)
 
 
 def test_a_checkpoint_with_constants_is_not_converted_again(tmp_path, constants):
     tiny().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="constants, constant_heads can be given for a plain checkpoint only"):
-        papa.PapaBertForSequenceClassification.from_pretrained(tmp_path, constants=constants, constant_heads="all")
+        hf_adaptive.PapaBertForSequenceClassification.from_pretrained(
+            tmp_path, constants=constants, constant_heads="all"
+        )
 
 
 @pytest.mark.parametrize("auto_class", [None, AutoModelForTokenClassification])
@@ -532,7 +536,7 @@ def test_constants_missing_from_a_checkpoint_are_an_error(tmp_path, auto_class):
     weights = {name: weight for name, weight in weights.items() if not name.endswith("self.constants")}
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="has no constants for the heads in constant_heads"):
-        (auto_class or papa.PapaBertForTokenClassification).from_pretrained(tmp_path)
+        (auto_class or hf_adaptive.PapaBertForTokenClassification).from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("family", golden.FAMILIES)
@@ -554,9 +558,9 @@ def test_square_masks_are_refused():
 
 def test_unknown_names_are_attribute_errors():
     with pytest.raises(AttributeError, match="PapaBertForQuestionAnswering"):
-        papa.PapaBertForQuestionAnswering  # noqa: B018
+        hf_adaptive.PapaBertForQuestionAnswering  # noqa: B018
     assert (
-        AutoModelForSequenceClassification._model_mapping[papa.PapaBertConfig]
-        is papa.PapaBertForSequenceClassification
+        AutoModelForSequenceClassification._model_mapping[hf_adaptive.PapaBertConfig]
+        is hf_adaptive.PapaBertForSequenceClassification
     )
     assert json.loads(tiny().config.to_json_string())["constant_heads"] == [[1, 0], [1, 2], [3, 3]]

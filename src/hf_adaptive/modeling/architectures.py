@@ -1,4 +1,4 @@
-"""The architectures that can have exits: one entry each, from which configuration and model classes are made.
+"""The architectures that can have exits and constant attention: one entry each, from which all classes are made.
 
 The classes are made when they are first asked for (`architectures.BertWithExitsConfig`), so that a checkpoint loaded
 with `trust_remote_code=True` imports one architecture's code and not all of them.
@@ -7,6 +7,7 @@ with `trust_remote_code=True` imports one architecture's code and not all of the
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import ModuleType
 from typing import Any, cast
 
@@ -15,9 +16,22 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 from transformers import initialization as init
 
+from .attention_layouts import AttentionLayout, FusedProjection, SeparateProjections
 from .configuration import ExitsConfigMixin
 from .exits import ExitsMixin
 from .heads import ExitHead, Head
+from .papa import PapaForSequenceClassificationMixin, PapaForTokenClassificationMixin, PapaMaskedLMMixin
+from .papa_configuration import PapaConfigMixin
+
+PAPA_TASKS: dict[str, Any] = {
+    "ForSequenceClassification": PapaForSequenceClassificationMixin,
+    "ForTokenClassification": PapaForTokenClassificationMixin,
+    "ForMaskedLM": PapaMaskedLMMixin,
+}
+
+
+# Asked for by name, so that no architecture's code is imported.
+_TRANSFORMERS_NAMES = frozenset(dir(transformers))
 
 
 @dataclass(frozen=True)
@@ -29,6 +43,7 @@ class Architecture:
             `BertForSequenceClassification`.
         layers (`str`): Path of the backbone's `nn.ModuleList` of layers.
         head (`Head`): How its own classification head is built.
+        attention (`AttentionLayout`, *optional*): How its self-attention is laid out; None: it has no constant heads.
         pooling (`str` or `Callable`): Default of `exit_pooling`, if need be from the configuration.
         final_norm (`str`, *optional*): Path of the normalisation that the backbone applies after the last layer.
         classifier_poolings (`dict[str, str]`): For stock classifiers that pool in several ways: what their
@@ -38,7 +53,8 @@ class Architecture:
         shares_layers (`bool`): Whether all layers are one module (ALBERT). With `exit_routing="sweet"` the module
             learns from the first exit only: what it learned from a later one would change the layers before it, too.
             A routing between 0 and 1 is refused for the same reason. (A module that starts later, as ALBERT's second
-            group would, learns from the first exit that it is run for.)
+            group would, learns from the first exit that it is run for.) With constant heads each layer gets a copy of
+            the module, because constants differ by depth.
         positions_from_mask (`bool`): Whether the backbone adds learned positions that it counts from the first token
             on, padding or not, although it is padded on the left (GPT-2). They are then counted from the first real
             token on, so that such a row gets the answer that it gets alone.
@@ -50,12 +66,14 @@ class Architecture:
     name: str
     layers: str
     head: Head
+    attention: AttentionLayout | None = None
     pooling: str | Callable[[Any], str] = "cls"
     final_norm: str | None = None
     classifier_poolings: dict[str, str] = field(default_factory=dict)
     pretrained_pooler: str | None = None
     shares_layers: bool = False
     positions_from_mask: bool = False
+    probe_has_dropout: bool = True
     model_arguments: dict[str, Any] = field(default_factory=dict)
     forward_arguments: dict[str, Any] = field(default_factory=dict)
     source: ModuleType = transformers
@@ -73,11 +91,20 @@ class Architecture:
     @property
     def plain_classifier(self) -> Any:
         """What reads plain checkpoints: the stock classifier, or the bare backbone where there is none."""
-        return _make_bare(self) if self.head.classifier is None else self.stock("ForSequenceClassification")
+        return self.bare if self.head.classifier is None else self.stock("ForSequenceClassification")
+
+    @property
+    def bare(self) -> Any:
+        """A stock model that has the backbone and nothing else."""
+        return _make_bare(self)
 
     def default_pooling(self, config: Any) -> str:
         """Default of `exit_pooling` for a configuration."""
         return self.pooling if isinstance(self.pooling, str) else self.pooling(config)
+
+    def probe_dropout(self, config: Any) -> float:
+        """Dropout before the classifier of a PAPA probe."""
+        return self.head.dropout(config) if self.probe_has_dropout else 0.0
 
     @property
     def model_type(self) -> str:
@@ -98,6 +125,25 @@ class Architecture:
     def classifier_name(self) -> str:
         """Name of the classifier class with exits."""
         return f"{self.name}ForSequenceClassificationWithExits"
+
+    @property
+    def papa_config_name(self) -> str:
+        """Name of the configuration class of PAPA models."""
+        return f"Papa{self.name}Config"
+
+    @property
+    def papa_names(self) -> dict[str, str]:
+        """Names of the PAPA models by their task: those that stock has, if constant heads are supported."""
+        if self.attention is None:
+            return {}
+        known = _TRANSFORMERS_NAMES if self.source is transformers else dir(self.source)
+        return {task: f"Papa{self.name}{task}" for task in PAPA_TASKS if self.name + task in known}
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes that users import."""
+        papa = (self.papa_config_name, *self.papa_names.values()) if self.papa_names else ()
+        return (self.config_name, self.classifier_name, *papa)
 
 
 def _classifier_dropout(config: Any) -> float:
@@ -164,6 +210,51 @@ def _eurobert_pooling(config: Any) -> str:
     return {"bos": "cls"}.get(config.classifier_pooling, config.classifier_pooling)
 
 
+_BERT_ATTENTION = AttentionLayout("attention.self", SeparateProjections("query", "key", "value"))
+_DEBERTA_ATTENTION = AttentionLayout(
+    "attention.self",
+    FusedProjection(
+        "in_proj", is_by_head=True, value_bias="v_bias", more=("q_bias", "v_bias", "pos_proj", "pos_q_proj")
+    ),
+    has_interface=False,
+    has_additive_mask=False,
+)
+_DEBERTA_V2_ATTENTION = AttentionLayout(
+    "attention.self",
+    SeparateProjections("query_proj", "key_proj", "value_proj", ("pos_query_proj",), ("pos_key_proj",)),
+    has_interface=False,
+    has_additive_mask=False,
+)
+_DISTILBERT_ATTENTION = AttentionLayout(
+    "attention", SeparateProjections("q_lin", "k_lin", "v_lin"), output=("out_lin",)
+)
+_ALBERT_ATTENTION = AttentionLayout(
+    "albert_layers.0.attention",
+    SeparateProjections("query", "key", "value"),
+    output=("dense", "output_dropout"),
+    residual_norm="LayerNorm",
+    dropout="attention_dropout",
+)
+_MPNET_ATTENTION = AttentionLayout(
+    "attention.attn",
+    SeparateProjections("q", "k", "v"),
+    output=("o",),
+    has_interface=False,
+    has_position_bias=True,
+)
+_MODERNBERT_ATTENTION = AttentionLayout(
+    "attn",
+    FusedProjection("Wqkv", is_by_head=False),
+    output=("Wo", "out_drop"),
+    dropout="attention_dropout",
+    window="sliding_window",
+)
+_ROTARY_ATTENTION = AttentionLayout(
+    "self_attn", SeparateProjections("q_proj", "k_proj", "v_proj"), output=("o_proj",), dropout="attention_dropout"
+)
+_CAUSAL_ATTENTION = replace(_ROTARY_ATTENTION, is_causal=True)
+_WINDOWED_ATTENTION = replace(_CAUSAL_ATTENTION, window="sliding_window")
+
 _NO_POOLER = {"add_pooling_layer": False}
 # An exit needs no keys and values of earlier calls.
 _NO_CACHE = {"use_cache": False}
@@ -174,52 +265,74 @@ _DECODER: dict[str, Any] = {
     "final_norm": "norm",
     "forward_arguments": _NO_CACHE,
 }
+_CAUSAL = {**_DECODER, "attention": _CAUSAL_ATTENTION}
+_WINDOWED = {**_DECODER, "attention": _WINDOWED_ATTENTION}
 _ROBERTA: dict[str, Any] = {
     "layers": "encoder.layer",
     "head": _ROBERTA_HEAD,
+    "attention": _BERT_ATTENTION,
+    "probe_has_dropout": False,
     "pretrained_pooler": "pooler.dense",
     "model_arguments": _NO_POOLER,
 }
 
 ARCHITECTURES: dict[str, Architecture] = {
     "albert": Architecture(
-        "Albert", "encoder.albert_layer_groups", _ALBERT_HEAD, shares_layers=True, model_arguments=_NO_POOLER
+        "Albert",
+        "encoder.albert_layer_groups",
+        _ALBERT_HEAD,
+        _ALBERT_ATTENTION,
+        shares_layers=True,
+        model_arguments=_NO_POOLER,
     ),
-    "bert": Architecture("Bert", "encoder.layer", _BERT_POOLER_HEADS["bert"], model_arguments=_NO_POOLER),
+    "bert": Architecture(
+        "Bert", "encoder.layer", _BERT_POOLER_HEADS["bert"], _BERT_ATTENTION, model_arguments=_NO_POOLER
+    ),
     "camembert": Architecture("Camembert", **_ROBERTA),
-    "deberta": Architecture("Deberta", "encoder.layer", _DEBERTA_HEAD),
-    "deberta-v2": Architecture("DebertaV2", "encoder.layer", _DEBERTA_HEAD),
-    "distilbert": Architecture("DistilBert", "transformer.layer", _DISTILBERT_HEAD),
-    "electra": Architecture("Electra", "encoder.layer", _ELECTRA_HEAD),
-    "ernie": Architecture("Ernie", "encoder.layer", _BERT_POOLER_HEADS["ernie"], model_arguments=_NO_POOLER),
+    "deberta": Architecture("Deberta", "encoder.layer", _DEBERTA_HEAD, _DEBERTA_ATTENTION),
+    "deberta-v2": Architecture("DebertaV2", "encoder.layer", _DEBERTA_HEAD, _DEBERTA_V2_ATTENTION),
+    "distilbert": Architecture("DistilBert", "transformer.layer", _DISTILBERT_HEAD, _DISTILBERT_ATTENTION),
+    "electra": Architecture("Electra", "encoder.layer", _ELECTRA_HEAD, _BERT_ATTENTION),
+    "ernie": Architecture(
+        "Ernie", "encoder.layer", _BERT_POOLER_HEADS["ernie"], _BERT_ATTENTION, model_arguments=_NO_POOLER
+    ),
     "eurobert": Architecture(
         "EuroBert",
         "layers",
         _EUROBERT_HEAD,
+        _ROTARY_ATTENTION,
         pooling=_eurobert_pooling,
         final_norm="norm",
         classifier_poolings={"cls": "bos", "mean": "mean", "late": "late"},
     ),
-    "gemma": Architecture("Gemma", **_DECODER),
-    "gemma2": Architecture("Gemma2", **_DECODER),
-    "gemma3_text": Architecture("Gemma3Text", **_DECODER),
+    "gemma": Architecture("Gemma", **_CAUSAL),
+    "gemma2": Architecture("Gemma2", **_WINDOWED),
+    "gemma3_text": Architecture("Gemma3Text", **_WINDOWED),
     "gpt2": Architecture("GPT2", positions_from_mask=True, **{**_DECODER, "layers": "h", "final_norm": "ln_f"}),
-    "llama": Architecture("Llama", **_DECODER),
-    "mistral": Architecture("Mistral", **_DECODER),
+    "llama": Architecture("Llama", **_CAUSAL),
+    "mistral": Architecture(
+        "Mistral", **{**_DECODER, "attention": replace(_CAUSAL_ATTENTION, window="config.sliding_window")}
+    ),
     "modernbert": Architecture(
         "ModernBert",
         "layers",
         _MODERNBERT_HEAD,
+        _MODERNBERT_ATTENTION,
         pooling=lambda config: config.classifier_pooling,
         final_norm="final_norm",
         classifier_poolings={"cls": "cls", "mean": "mean"},
     ),
     "mpnet": Architecture(
-        "MPNet", "encoder.layer", _MPNET_HEAD, pretrained_pooler="pooler.dense", model_arguments=_NO_POOLER
+        "MPNet",
+        "encoder.layer",
+        _MPNET_HEAD,
+        _MPNET_ATTENTION,
+        pretrained_pooler="pooler.dense",
+        model_arguments=_NO_POOLER,
     ),
-    "nomic_bert": Architecture("NomicBert", "layers", _BERT_POOLER_HEADS["nomic_bert"]),
-    "qwen2": Architecture("Qwen2", **_DECODER),
-    "qwen3": Architecture("Qwen3", **_DECODER),
+    "nomic_bert": Architecture("NomicBert", "layers", _BERT_POOLER_HEADS["nomic_bert"], _ROTARY_ATTENTION),
+    "qwen2": Architecture("Qwen2", **_WINDOWED),
+    "qwen3": Architecture("Qwen3", **_WINDOWED),
     "roberta": Architecture("Roberta", **_ROBERTA),
     "xlm-roberta": Architecture("XLMRoberta", **_ROBERTA),
 }
@@ -252,7 +365,7 @@ def register_architecture(architecture: Architecture) -> None:
             f"holds the {architecture.name}Model in a classifier."
         )
     ARCHITECTURES[architecture.model_type] = architecture
-    for name in (architecture.config_name, architecture.backbone_name, architecture.classifier_name):
+    for name in _makers(architecture):
         # A second registration (of a class defined again in a notebook) goes before the first.
         globals().pop(name, None)
     config_class = make_class(architecture.config_name)
@@ -260,6 +373,15 @@ def register_architecture(architecture: Architecture) -> None:
     AutoModel.register(config_class, make_class(architecture.backbone_name), exist_ok=True)
     classifier_class = make_class(architecture.classifier_name)
     AutoModelForSequenceClassification.register(config_class, classifier_class, exist_ok=True)
+    if architecture.papa_names:
+        _register_papa(architecture)
+
+
+def _register_papa(architecture: Architecture) -> None:
+    config_class = make_class(architecture.papa_config_name)
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    for task, name in architecture.papa_names.items():
+        getattr(transformers, f"AutoModel{task}").register(config_class, make_class(name), exist_ok=True)
 
 
 def supported_architecture(model_type: str) -> Architecture:
@@ -281,6 +403,19 @@ def supported_architecture(model_type: str) -> Architecture:
     return ARCHITECTURES[model_type]
 
 
+def papa_class(model_type: str, task: str) -> Any:
+    """The PAPA model of a stock `model_type` for a task, such as `ForSequenceClassification`.
+
+    Raises:
+        ValueError: There is none; the message lists the architectures that have one.
+    """
+    names = {own: architecture.papa_names for own, architecture in ARCHITECTURES.items()}
+    if task not in names.get(model_type, {}):
+        able = sorted(own for own, tasks in names.items() if task in tasks)
+        raise ValueError(f"model_type={model_type!r} has no PAPA model {task}; supported are {', '.join(able)}.")
+    return make_class(names[model_type][task])
+
+
 def make_class(name: str) -> Any:
     """The configuration, backbone or classifier class of this name, made when it is first asked for.
 
@@ -290,15 +425,23 @@ def make_class(name: str) -> Any:
     if name in globals():
         return globals()[name]
     for architecture in ARCHITECTURES.values():
-        makers = {
-            architecture.config_name: _make_config,
-            architecture.backbone_name: _make_backbone,
-            architecture.classifier_name: _make_classifier,
-        }
+        makers = _makers(architecture)
         if name in makers:
             # Several threads may ask at once: the first class made is the one.
             return globals().setdefault(name, makers[name](architecture))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _makers(architecture: Architecture) -> dict[str, Callable[[Architecture], type]]:
+    """What makes the classes of an architecture, by their names."""
+    makers: dict[str, Callable[[Architecture], type]] = {
+        architecture.config_name: _make_config,
+        architecture.backbone_name: _make_backbone,
+        architecture.classifier_name: _make_classifier,
+    }
+    if architecture.papa_names:
+        makers[architecture.papa_config_name] = _make_papa_config
+    return {**makers, **{name: partial(_make_papa_model, task) for task, name in architecture.papa_names.items()}}
 
 
 def __getattr__(name: str) -> type:
@@ -344,6 +487,30 @@ def _make_classifier(architecture: Architecture) -> type:
         architecture,
         __doc__=f"{architecture.name} with a classifier after each of `config.exit_layers`. {ExitsMixin.__doc__}",
         config_class=make_class(architecture.config_name),
+    )
+
+
+def _make_papa_config(architecture: Architecture) -> type:
+    return _make(
+        architecture.papa_config_name,
+        (PapaConfigMixin, architecture.stock("Config")),
+        "AutoConfig",
+        architecture,
+        model_type=f"papa-{architecture.model_type}",
+        __doc__=f"Configuration of a {architecture.name} with constant attention. {PapaConfigMixin.__doc__}",
+    )
+
+
+def _make_papa_model(task: str, architecture: Architecture) -> type:
+    mixin = PAPA_TASKS[task]
+    base = architecture.stock(task) if mixin is PapaMaskedLMMixin else architecture.stock_base
+    return _make(
+        architecture.papa_names[task],
+        (mixin, base),
+        f"AutoModel{task}",
+        architecture,
+        __doc__=f"{architecture.name}: {mixin.__doc__}",
+        config_class=make_class(architecture.papa_config_name),
     )
 
 

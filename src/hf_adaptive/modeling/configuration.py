@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .constant_attention import check_constant_heads
+from .bases import ConfigBase
 from .criteria import CRITERIA, ThresholdPolicy, checked_thresholds
 from .exit_profile import check_profile
+from .head_choice import check_constant_heads
 from .heads import POOLINGS
 from .routing import SHARES
 from .saving import ReadsWhole
@@ -17,6 +18,36 @@ from .saving import ReadsWhole
 def default_exit_layers(num_layers: int) -> list[int]:
     """Exits after each quarter of the layers."""
     return sorted({max(1, round(num_layers * quarter / 4)) for quarter in (1, 2, 3, 4)})
+
+
+class ExtendsStockConfig(ConfigBase):
+    """A stock configuration with fields added, and the way to it and back."""
+
+    @classmethod
+    def added_fields(cls) -> tuple[str, ...]:
+        """Names of the fields that this configuration adds to the plain one."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_plain(cls, plain: Any, **fields: Any) -> Any:
+        """A plain configuration with fields added.
+
+        Args:
+            plain: The base architecture's configuration.
+            **fields: Those that are added: `exit_layers`, `constant_heads`, …
+        """
+        config = cls(**_transferable(plain.to_dict()), **fields)
+        config._attn_implementation = plain._attn_implementation
+        return config
+
+    def to_plain(self) -> Any:
+        """The base architecture's configuration, without the added fields."""
+        values = _transferable(self.to_dict())
+        plain = self.architecture.stock("Config")(
+            **{name: value for name, value in values.items() if name not in self.added_fields()}
+        )
+        plain._attn_implementation = self._attn_implementation
+        return plain
 
 
 @dataclass(kw_only=True, repr=False)
@@ -138,7 +169,7 @@ class DecisionsConfigMixin(ReadsWhole):
 
 
 @dataclass(kw_only=True, repr=False)
-class ExitsConfigMixin(DecisionsConfigMixin):
+class ExitsConfigMixin(DecisionsConfigMixin, ExtendsStockConfig):
     """Configuration of a classifier with exits: the base architecture's fields and the following.
 
     Args:
@@ -201,27 +232,6 @@ class ExitsConfigMixin(DecisionsConfigMixin):
     def added_fields(cls) -> tuple[str, ...]:
         """Names of the fields that this configuration adds to the plain one."""
         return exit_field_names()
-
-    @classmethod
-    def from_plain(cls, plain: Any, **fields: Any) -> Any:
-        """A plain configuration with exits added.
-
-        Args:
-            plain: The base architecture's configuration.
-            **fields: `exit_layers`, `exit_routing`, …
-        """
-        config = cls(**_transferable(plain.to_dict()), **fields)
-        config._attn_implementation = plain._attn_implementation
-        return config
-
-    def to_plain(self) -> Any:
-        """The base architecture's configuration, without exits."""
-        values = _transferable(self.to_dict())
-        plain = self.architecture.stock("Config")(
-            **{name: value for name, value in values.items() if name not in self.added_fields()}
-        )
-        plain._attn_implementation = self._attn_implementation
-        return plain
 
     @property
     def counts_positions(self) -> bool:

@@ -4,6 +4,7 @@ Rotem et al., ACL 2023 (arXiv 2306.02307): early exit, section 2; SWEET, section
 """
 
 import copy
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -14,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .answers import Answers, ExitAnswer, Leaving
-from .constant_attention import install_constant_heads
+from .constant_heads import install_constant_heads
 from .criteria import ForcedPolicy, Policy
 from .decisions import DecidesRowByRow
 from .heads import CertaintyUnit, ExitHead
@@ -22,7 +23,7 @@ from .initialising import InitialisesAsStock
 from .inputs import BackboneInputs, checked_tensors, positions_of_real_tokens, raise_misfit
 from .labels import read_labels
 from .layers import LayerList, LayerRun, Pause, Progress, install_layer_list
-from .loading import LoadsPlainCheckpoints
+from .loading import CheckpointForExits, LoadsPlainCheckpoints, check_exits
 from .local_gradients import LocalGradients, can_be_local, trained_parameters
 from .losses import exit_loss
 from .outputs import SequenceClassifierWithExitsOutput
@@ -68,7 +69,7 @@ class ExitsMixin(
             parameter.data = parameter.data.to(torch.get_default_dtype())
         setattr(self, self.base_model_prefix, backbone)
         if config.constant_heads:
-            install_constant_heads(backbone, config)
+            install_constant_heads(backbone, self.architecture, config)
         install_layer_list(backbone, self.architecture.layers)
         self.exits = nn.ModuleList(self._make_exit(depth) for depth in config.exit_layers)
         self._exits_are_untrained = True
@@ -84,6 +85,24 @@ class ExitsMixin(
             init.ones_(module.largest)
         if isinstance(module, ExitHead) and self.architecture.head.initialise is not None:
             self.architecture.head.initialise(module, self.config)
+
+    # Loading
+
+    @classmethod
+    def _plain_checkpoint(cls, path: str | os.PathLike, config: Any, arguments: dict[str, Any]) -> CheckpointForExits:
+        return CheckpointForExits(cls, cls.architecture.plain_classifier, path, config, arguments)
+
+    def _check_loaded(self, path: str | os.PathLike, info: dict[str, Any], saved: dict[str, Any]) -> None:
+        # A backbone saved from a model with exits (`model.base_model.save_pretrained`) has none: all of them are new,
+        # and reported as such.
+        self._exits_are_untrained = all(f"exits.{key}" in info["missing_keys"] for key in self.exits.state_dict())
+        if self._exits_are_untrained:
+            self._start_branches_anew()
+        else:
+            check_exits(path, info, saved, self.config)
+
+    def _after_loading(self) -> None:
+        self._freeze_if_disjoint()
 
     def _freeze_if_disjoint(self) -> None:
         """No exit trains the backbone then; called again after loading, which makes new parameters."""

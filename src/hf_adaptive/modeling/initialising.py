@@ -4,7 +4,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .bases import ModelBase
-from .constant_attention import initialize_constants
+from .constant_heads import initialize_constants
 
 
 class InitialisesAsStock(ModelBase):
@@ -28,5 +28,4 @@ class InitialisesAsStock(ModelBase):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if module is self:
-            initialize_constants(module)
+        initialize_constants(module)

@@ -1,28 +1,39 @@
-"""Loading: a checkpoint with exits as it is, a plain one by giving it exits."""
+"""Loading: a checkpoint of this package as it is, a plain one by making a model of this package of it."""
 
 import contextlib
 import logging as python_logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from .bases import ModelBase
-from .constant_attention import check_constants_loaded, common_length, heads_to_make_constant, install_constant_heads
+from .constant_heads import check_constants_loaded, install_constant_heads
+from .head_choice import common_length, heads_to_make_constant
 from .saving import settle_checkpoint
 from .weight_files import HUB_ARGUMENTS, safetensors_only
 
 _FILE_ARGUMENTS = ("use_safetensors", "variant")
 _MODEL_ARGUMENTS = ("attn_implementation", "dtype", "torch_dtype")
+_CONSTANTS_ARGUMENTS = ("constants", "constant_heads", "constant_length", "head_ranking")
+
+
+class AttentionAverages(Protocol):
+    """What `mean_attention` returns, as far as loading needs it."""
+
+    average: torch.Tensor
+
+    def average_for(self, model: PreTrainedModel) -> torch.Tensor:
+        """The averages `(layers, heads, length, length)`; a ValueError if they come from another model."""
 
 
 class LoadsPlainCheckpoints(ModelBase):
-    """`from_pretrained` for a classifier with exits."""
+    """`from_pretrained` for a model of this package."""
 
     @classmethod
     def from_pretrained(
@@ -32,25 +43,28 @@ class LoadsPlainCheckpoints(ModelBase):
         config: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """Loads a checkpoint saved with exits, or gives exits to a plain one of the same architecture.
+        """Loads a checkpoint of this class, or makes one of a plain checkpoint of the same architecture.
 
-        From a plain checkpoint the backbone is loaded by the stock classifier's own code; each exit's head starts as a
-        copy of the stock head where the checkpoint has one, else of its pretrained pooler, and its branch as a copy of
-        the layers before it; what is new is reported.
+        A plain checkpoint is loaded by stock code. Each exit's head starts as a copy of the stock head where there is
+        one, else of its pretrained pooler, and its branch as a copy of the layers before it; what is new is reported.
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): Hub name or folder.
-            config (*optional*): A configuration with exits; else the checkpoint's, changed by the fields in `kwargs`.
+            config (*optional*): A configuration of this class; else the checkpoint's, changed by the fields in
+                `kwargs`.
             constants (`torch.Tensor` or `AttentionAverages`, *optional*): For `constant_heads` of a plain checkpoint:
-                average attention `(layers, heads, length, length)`, or what `mean_attention` returned.
-            head_ranking (`list[list[int]]`, *optional*): The order of all heads that `rank_heads` found, for
-                `constant_heads` as a fraction.
-            **kwargs: Configuration fields (`exit_layers`, `exit_routing`, `num_labels`, …) and everything that
+                average attention `(layers, heads, length, length)`, or what `mean_attention` returned, which is also
+                checked to come from this checkpoint.
+            constant_heads (`str`, `float` or `list[list[int]]`, *optional*): Of a plain checkpoint: `"all"`, a
+                fraction (with `head_ranking`), or `[layer, head]` pairs.
+            head_ranking (`list[list[int]]`, *optional*): The order of all heads that `rank_heads` found.
+            **kwargs: Configuration fields (`exit_layers`, `num_labels`, `constant_length`, …) and everything that
                 `PreTrainedModel.from_pretrained` takes.
 
         Raises:
-            ValueError: A checkpoint of another architecture; exit weights missing, left over or of other layers;
-                weights of another size; a bad field.
+            ValueError: A checkpoint of another architecture; exit weights or constants missing, left over or of other
+                layers; weights of another size; constants that do not fit, or given for a checkpoint that has its own;
+                a bad field.
             OSError: Files that are missing, damaged or no safetensors.
         """
         check_config(cls, config)
@@ -59,14 +73,14 @@ class LoadsPlainCheckpoints(ModelBase):
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
         model_type = checkpoint_model_type(path, **kwargs)
         loaders = {
-            cls.config_class.model_type: cls._load_with_exits,
+            cls.config_class.model_type: cls._load_own,
             cls.architecture.model_type: cls._load_plain,
         }
         if model_type in loaders:
             kwargs = safetensors_only(path, kwargs)
             with damage_named(path):
                 loaded = loaders[model_type](path, *model_args, config=config, **kwargs)
-            (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze_if_disjoint()
+            (loaded[0] if isinstance(loaded, tuple) else loaded)._after_loading()
             return loaded
         raise ValueError(
             f"{path} is a checkpoint of model_type={model_type!r}; {cls.__name__} loads "
@@ -75,20 +89,25 @@ class LoadsPlainCheckpoints(ModelBase):
         )
 
     @classmethod
-    def _load_with_exits(cls, path: str | os.PathLike, *model_args: Any, config: Any, **kwargs: Any) -> Any:
+    def _load_own(cls, path: str | os.PathLike, *model_args: Any, config: Any, **kwargs: Any) -> Any:
+        given = [name for name in _CONSTANTS_ARGUMENTS if kwargs.get(name) is not None]
+        if given:
+            raise ValueError(
+                f"{', '.join(given)} can be given for a plain checkpoint only, but {path} has its constants already. "
+                "Load it without, or convert the plain checkpoint anew."
+            )
         wants_info = kwargs.pop("output_loading_info", False)
         saved = _config_dict(path, kwargs)
         model, info = super().from_pretrained(path, *model_args, config=config, output_loading_info=True, **kwargs)
-        # A backbone saved from a model with exits (`model.base_model.save_pretrained`) has none: all of them are new,
-        # and reported as such.
-        has_exits = any(f"exits.{key}" not in info["missing_keys"] for key in model.exits.state_dict())
-        if has_exits:
-            _check_exits(path, info, saved, model.config)
-        else:
-            model._start_branches_anew()
+        model._check_loaded(path, info, saved)
         check_constants_loaded(info["missing_keys"])
-        model._exits_are_untrained = not has_exits
         return (model, info) if wants_info else model
+
+    def _check_loaded(self, path: str | os.PathLike, info: dict[str, Any], saved: dict[str, Any]) -> None:
+        """Raises `ValueError` if a checkpoint of this class is not whole."""
+
+    def _after_loading(self) -> None:
+        """What is not part of a checkpoint."""
 
     @classmethod
     def _load_plain(cls, path: str | os.PathLike, *model_args: Any, config: Any, **kwargs: Any) -> Any:
@@ -99,11 +118,11 @@ class LoadsPlainCheckpoints(ModelBase):
         constants = averages if averages is None or isinstance(averages, torch.Tensor) else averages.average
         if config is None:
             config, kwargs = cls._config_for_plain(path, constants, hub_arguments, kwargs)
-        stock = _StockCheckpoint(cls, path, config, {**hub_arguments, **file_arguments, **model_arguments})
-        if config.constant_heads:
+        stock = cls._plain_checkpoint(path, config, {**hub_arguments, **file_arguments, **model_arguments})
+        if config.constant_heads or constants is not None:
             # Averages that know where they come from are checked to come from this checkpoint.
             constants = constants if constants is averages else averages.average_for(stock.model)
-            install_constant_heads(stock.model.base_model, config, constants)
+            install_constant_heads(stock.model.base_model, cls.architecture, config, constants)
         weights = stock.weights(may_differ=kwargs.get("ignore_mismatched_sizes", False))
         # The ordinary loading code places the weights, fills in what is new and reports it.
         arguments = {**model_arguments, "dtype": stock.dtype, **kwargs}
@@ -111,6 +130,15 @@ class LoadsPlainCheckpoints(ModelBase):
             model = super().from_pretrained(None, *model_args, config=config, state_dict=weights, **arguments)
         (model[0] if isinstance(model, tuple) else model).config._name_or_path = str(path)
         return model
+
+    @classmethod
+    def _plain_checkpoint(cls, path: str | os.PathLike, config: Any, arguments: dict[str, Any]) -> "PlainCheckpoint":
+        return PlainCheckpoint(cls, cls._plain_class(), path, config, arguments)
+
+    @classmethod
+    def _plain_class(cls) -> Any:
+        """The stock class that reads plain checkpoints."""
+        raise NotImplementedError
 
     @classmethod
     def _config_for_plain(
@@ -155,31 +183,20 @@ def check_config(model_class: Any, config: Any) -> None:
         )
 
 
-def _check_exits(path: str | os.PathLike, info: dict[str, Any], saved: dict[str, Any], config: Any) -> None:
-    missing = sorted(key for key in info["missing_keys"] if key.startswith("exits."))
-    surplus = sorted(key for key in info["unexpected_keys"] if key.startswith("exits."))
-    exits, saved_exits = config.exit_layers, saved.get("exit_layers")
-    if not missing and not surplus and saved_exits in (None, exits):
-        return
-    raise ValueError(
-        f"the exits in {path} do not fit its configuration: exit_layers={exits}, saved with {saved_exits}; "
-        f"exit_branch_layers={config.exit_branch_layers}, saved with {saved.get('exit_branch_layers', 0)}; missing "
-        f"{missing}, left over {surplus}. Load it with the exit_layers and exit_branch_layers that it was saved with, "
-        "or start from the plain checkpoint to change them."
-    )
-
-
-class _StockCheckpoint:
-    """A plain checkpoint, read by the stock classifier's own code.
+class PlainCheckpoint:
+    """A plain checkpoint, read by stock code.
 
     Args:
-        model_class: The class with exits that is loaded.
+        model_class: The class that is loaded.
+        stock_class: Reads the checkpoint.
         path (`str` or `os.PathLike`): Hub name or folder.
-        config: Its configuration with exits.
+        config: Configuration of `model_class`.
         arguments (`dict`): Of `from_pretrained`, about files and types.
     """
 
-    def __init__(self, model_class: Any, path: str | os.PathLike, config: Any, arguments: dict[str, Any]):
+    def __init__(
+        self, model_class: Any, stock_class: Any, path: str | os.PathLike, config: Any, arguments: dict[str, Any]
+    ):
         self.model_class = model_class
         self.architecture = model_class.architecture
         self.path = path
@@ -187,9 +204,7 @@ class _StockCheckpoint:
         # The report of this load is kept quiet: its weights are loaded once more, with their final names.
         self.arguments = {"config": config.to_plain(), "output_loading_info": True, **arguments}
         with _reports(_is_error):
-            self.model, self.info = self.architecture.plain_classifier.from_pretrained(
-                path, ignore_mismatched_sizes=True, **self.arguments
-            )
+            self.model, self.info = stock_class.from_pretrained(path, ignore_mismatched_sizes=True, **self.arguments)
         self.resized = {key: shapes for key, *shapes in self.info["mismatched_keys"]}
         self.new = {*self.info["missing_keys"], *self.resized}
 
@@ -199,7 +214,7 @@ class _StockCheckpoint:
         return self.model.dtype
 
     def weights(self, may_differ: bool) -> dict[str, torch.Tensor]:
-        """The checkpoint's weights under the names that they have with exits; what it has not is left out.
+        """The checkpoint's weights under the names that they have in the new model; what it has not is left out.
 
         Args:
             may_differ (`bool`): Whether to leave out, too, what has another size than the configuration says.
@@ -213,20 +228,49 @@ class _StockCheckpoint:
                 f"{_as_text(self.resized)}. Give the num_labels (or other sizes) that it was saved with, or "
                 "ignore_mismatched_sizes=True to start these weights anew."
             )
+        with torch.device("meta"), no_init_weights():
+            names = self.model_class(self.config).state_dict().keys()
+        own = {key: tensor for key, tensor in self.model.state_dict().items() if key not in self.new}
+        known = {name: tensor for name, tensor in {**own, **self._copies(own)}.items() if name in names}
+        # Without content, so that the final load reports them as any load does.
+        return {**{key: torch.empty(0) for key in self._surplus() if key not in names}, **known}
+
+    def _copies(self, own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Weights that start as copies of the checkpoint's `own`."""
+        return {}
+
+    def _surplus(self) -> set[str]:
+        """Weights of the checkpoint that have no place."""
+        return set(self.info["unexpected_keys"])
+
+
+def check_exits(path: str | os.PathLike, info: dict[str, Any], saved: dict[str, Any], config: Any) -> None:
+    """Raises `ValueError` unless a checkpoint has all exits that it should have, and no others."""
+    missing = sorted(key for key in info["missing_keys"] if key.startswith("exits."))
+    surplus = sorted(key for key in info["unexpected_keys"] if key.startswith("exits."))
+    exits, saved_exits = config.exit_layers, saved.get("exit_layers")
+    if not missing and not surplus and saved_exits in (None, exits):
+        return
+    raise ValueError(
+        f"the exits in {path} do not fit its configuration: exit_layers={exits}, saved with {saved_exits}; "
+        f"exit_branch_layers={config.exit_branch_layers}, saved with {saved.get('exit_branch_layers', 0)}; missing "
+        f"{missing}, left over {surplus}. Load it with the exit_layers and exit_branch_layers that it was saved with, "
+        "or start from the plain checkpoint to change them."
+    )
+
+
+class CheckpointForExits(PlainCheckpoint):
+    """A plain checkpoint whose head, or else whose pretrained pooler, every exit gets a copy of."""
+
+    def _copies(self, own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         parts = self._head_parts()
-        copies = {
+        heads = {
             f"exits.{index}.{part}.{name}": tensor.clone()
             for index in range(len(self.config.exit_layers))
             for part, tensors in parts.items()
             for name, tensor in tensors.items()
         }
-        with torch.device("meta"), no_init_weights():
-            names = self.model_class(self.config).state_dict().keys()
-        own = {key: tensor for key, tensor in self.model.state_dict().items() if key not in self.new}
-        copies |= self._branches(own)
-        known = {name: tensor for name, tensor in {**own, **copies}.items() if name in names}
-        # Without content, so that the final load reports them as any load does.
-        return {**{key: torch.empty(0) for key in self._surplus()}, **known}
+        return {**heads, **self._branches(own)}
 
     def _branches(self, own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Weights of the exits' own layers: copies of those of the trunk's layers at the same depths."""
@@ -245,10 +289,9 @@ class _StockCheckpoint:
         return copies
 
     def _surplus(self) -> set[str]:
-        """Weights of the checkpoint that neither backbone nor heads use."""
         pooler = self.architecture.pretrained_pooler
         prefixes = () if pooler is None else (f"{pooler}.", f"{self.model.base_model_prefix}.{pooler}.")
-        return {key for key in self.info["unexpected_keys"] if not key.startswith(prefixes)}
+        return {key for key in super()._surplus() if not key.startswith(prefixes)}
 
     def _head_parts(self) -> dict[str, dict[str, torch.Tensor]]:
         """Weights of the parts of the stock head that the checkpoint has, by part; every exit gets a copy."""

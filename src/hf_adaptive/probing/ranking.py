@@ -8,7 +8,6 @@ import copy
 import json
 import os
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,10 @@ from torch.utils.data import Dataset
 from transformers import DataCollator, Trainer, TrainingArguments
 
 from ..files import write_whole
-from ..modeling.constant_attention import (
-    AttentionLayout,
-    StockClass,
-    attention_layout,
-    check_constants,
-    check_length,
-    constant_attention,
-    self_attentions,
-)
+from ..modeling.attention_kinds import StockClass, StockHeads, put_beside
+from ..modeling.constant_attention import check_length, constant_attention
+from ..modeling.constant_heads import layout_of, self_attentions, separate_layers
+from ..modeling.head_choice import check_constants
 from .averages import MeanAttention
 
 
@@ -128,28 +122,20 @@ def install_interpolation(model: Any, constants: torch.Tensor) -> list[nn.Parame
         The lambdas of every layer, each `(heads,)`, 0 at first.
     """
     check_constants(constants, model.config)
-    backbone = model.base_model
-    layout = attention_layout(backbone)
-    for attention, layer_constants in zip(self_attentions(backbone), constants, strict=True):
-        _interpolate(attention, layer_constants, layout)
-    return [attention.lambdas for attention in self_attentions(backbone)]
+    backbone, architecture = model.base_model, model.architecture
+    layout = layout_of(backbone, architecture)
+    separate_layers(backbone, architecture, model.config)
+    attentions = self_attentions(backbone, architecture)
+    for attention, layer_constants in zip(attentions, constants, strict=True):
+        weight = next(attention.parameters())
+        attention.lambdas = nn.Parameter(weight.new_zeros(len(layer_constants)))
+        attention.register_buffer("constants", layer_constants.detach().to(weight))
+        attention.stock_heads = len(layer_constants)
+        put_beside(Interpolation, attention, layout, backbone.config)
+    return [attention.lambdas for attention in attentions]
 
 
-def _interpolate(attention: Any, constants: torch.Tensor, layout: AttentionLayout) -> None:
-    weight = next(attention.parameters())
-    attention.lambdas = nn.Parameter(weight.new_zeros(attention.num_attention_heads))
-    attention.register_buffer("constants", constants.detach().to(weight))
-    attention.layout = layout
-    stock_class: Any = type(attention)
-    attention.__class__ = _with_interpolation(stock_class)
-
-
-@cache
-def _with_interpolation(stock_class: Any) -> Any:
-    return type(f"{stock_class.__name__}WithInterpolation", (InterpolationMixin, stock_class), {})
-
-
-class InterpolationMixin(StockClass):
+class Interpolation(StockClass):
     """Self-attention every head of which is mixed with a constant; put over a stock module.
 
     Attributes:
@@ -157,27 +143,25 @@ class InterpolationMixin(StockClass):
         constants: `(heads, constant_length, constant_length)`.
     """
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        output_attentions: bool = False,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As the stock module. Mixing what the heads read equals mixing their matrices."""
+    def _beside(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, wants_attentions: bool
+    ) -> torch.Tensor | None:
+        """The real positions."""
         check_length(hidden_states.shape[1], self.constants.shape[-1])
-        context, attentions = super().forward(
-            hidden_states, attention_mask=attention_mask, output_attentions=output_attentions, **kwargs
-        )
-        context = context.unflatten(-1, (self.num_attention_heads, -1))
+        return self.layout.real_positions(attention_mask)
 
-        weight, bias = (rows.flatten(0, 1) for rows in self.layout.value_projection(self))
-        value = nn.functional.linear(hidden_states, weight, bias).view_as(context)
-        real = self.layout.real_positions(attention_mask)
-        constant_context, _ = constant_attention(self.constants, value, real, self.dropout)
+    def _of_stock_heads(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
 
+    def _combined(self, stock: StockHeads, real: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Mixing what the heads read equals mixing their matrices."""
+        value = stock.value()
+        reach = self.layout.reach(self, value.shape[1], value.device)
+        constants = self.constants[:, : value.shape[1], : value.shape[1]]
+        constants = constants if reach is None else constants * reach
+        constant_context = constant_attention(constants, value, real, self.layout.dropout_of(self))
         share = self.lambdas.sigmoid().unsqueeze(-1)
-        return (share * context + (1 - share) * constant_context).flatten(2), attentions
+        return share * stock.context + (1 - share) * constant_context, stock.attentions
 
 
 def _optimizer(
