@@ -116,8 +116,9 @@ def is_constants(name: str) -> bool:
 
 def initialize_constants(module: nn.Module) -> None:
     """Fills constants that no checkpoint provided, for a model's `_init_weights`: uniform attention."""
-    if isinstance(module, ConstantHeads):
-        init.constant_(module.constants, 1 / module.constants.shape[-1])
+    for attention in module.modules():
+        if isinstance(attention, ConstantHeads):
+            init.constant_(attention.constants, 1 / attention.constants.shape[-1])
 
 
 def make_heads_constant(

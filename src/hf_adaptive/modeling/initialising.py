@@ -28,4 +28,5 @@ class InitialisesAsStock(ModelBase):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        initialize_constants(module)
+        if module is self:
+            initialize_constants(module)
