@@ -12,6 +12,7 @@ from torch.nn import functional
 
 import hf_adaptive
 from tests import tiny
+from tests.modeling import architectures
 
 MODELS = {
     (name, pooling): tiny.model(name, exit_pooling=pooling)
@@ -515,3 +516,14 @@ def test_extended_attention_mask(name):
         torch.testing.assert_close(
             alone.exit_logits[0], together.exit_logits[row], equal_nan=True, atol=1e-5, rtol=1e-4
         )
+
+
+@pytest.mark.parametrize("name", ["bert", "deberta-v2"])
+@pytest.mark.parametrize("selection", [[0, -1], -1, [2], True])
+def test_hidden_states_are_those_that_a_stock_model_gives(name, selection):
+    model, inputs = architectures.model(name), tiny.batch()
+    backbone = architectures.stock(name, "Model")
+    backbone.load_state_dict(model.base_model.state_dict(), strict=False)
+    expected = backbone(**inputs, output_hidden_states=selection).hidden_states
+    states = model(**inputs, output_hidden_states=selection, exit_at=1).hidden_states
+    torch.testing.assert_close(states, expected)

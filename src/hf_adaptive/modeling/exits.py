@@ -164,7 +164,7 @@ class ExitsMixin(
         labels: torch.Tensor | None = None,
         exit_thresholds: list[float | None] | float | None = None,
         exit_at: int | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
     ) -> SequenceClassifierWithExitsOutput:
         """Classifies a batch.
@@ -180,7 +180,8 @@ class ExitsMixin(
             exit_thresholds (`list[float | None]` or `float`, *optional*): Instead of those in the configuration.
                 Evaluation mode only. None for an exit: nothing leaves there.
             exit_at (`int`, *optional*): Every row leaves after this layer, one of `exit_layers`. Evaluation mode only.
-            output_hidden_states, output_attentions (`bool`, *optional*): As in any model; everything is run then.
+            output_hidden_states (`bool`, `int` or `list[int]`, *optional*), output_attentions (`bool`, *optional*): As
+                in any model; everything is run then.
 
         Raises:
             ValueError: Empty batch; neither or both of `input_ids` and `inputs_embeds`; thresholds, `exit_at` or
@@ -252,7 +253,9 @@ class ExitsMixin(
             )
         return (input_ids != pad).long() if pooling == "last" and input_ids is not None and pad is not None else None
 
-    def _output_flags(self, output_hidden_states: bool | None, output_attentions: bool | None) -> dict[str, bool]:
+    def _output_flags(
+        self, output_hidden_states: bool | int | list[int] | None, output_attentions: bool | None
+    ) -> dict[str, bool | int | list[int]]:
         asked = {
             "output_hidden_states": output_hidden_states,
             "output_attentions": output_attentions,
@@ -262,7 +265,7 @@ class ExitsMixin(
 
     # Running everything
 
-    def _run_everything(self, inputs: BackboneInputs, flags: dict[str, bool]) -> tuple[Answers, Any]:
+    def _run_everything(self, inputs: BackboneInputs, flags: dict[str, Any]) -> tuple[Answers, Any]:
         across_boundary = self._boundary()
         answers: list[ExitAnswer] = []
 
@@ -291,7 +294,7 @@ class ExitsMixin(
             layer.gradient_checkpointing for layer in self._layers if isinstance(layer, GradientCheckpointingLayer)
         )
 
-    def _learns_locally(self, inputs: BackboneInputs, flags: dict[str, bool]) -> bool:
+    def _learns_locally(self, inputs: BackboneInputs, flags: dict[str, Any]) -> bool:
         """Whether this pass may compute the gradients of each segment and free its activations."""
         return (
             self.config.exit_local_gradients
@@ -328,7 +331,7 @@ class ExitsMixin(
         self,
         inputs: BackboneInputs,
         at_exit: Callable[[int, torch.Tensor], torch.Tensor],
-        flags: dict[str, bool] | None = None,
+        flags: dict[str, Any] | None = None,
         progress: Progress | None = None,
         stop: int | None = None,
         policy: Policy | None = None,
