@@ -1,65 +1,37 @@
 """Early exits and constant attention for the text classifiers of `transformers`."""
 
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from typing import Any
 
-from .auto import AutoModelForSequenceClassificationWithExits
-from .calibration import CalibrationReport, ExitCalibrator, calibrate_exits
-from .evaluation import ExitReport, evaluate_exits
-from .hub import choose_card_to_upload
-from .modeling.architectures import ARCHITECTURES, Architecture, make_class, register_architecture
-from .modeling.cascade import CascadeConfig, CascadeForSequenceClassification
-from .modeling.exits import ExitsMixin
-from .modeling.heads import Head
-from .modeling.outputs import SequenceClassifierWithExitsOutput
-from .pipeline import ExitsTextClassificationPipeline
-from .probing import mean_attention, rank_heads
-from .training import (
-    ExitDistillation,
-    ExitsTrainer,
-    GradientConflict,
-    GradientConflictRecorder,
-    RoutingSchedule,
-    add_teacher_logits,
-    gradient_conflict,
-)
+from .deployment import OnnxClassifierWithExits, OnnxOutput
 from .version import __version__
 
-for _architecture in list(ARCHITECTURES.values()):
-    register_architecture(_architecture)
-ExitsMixin.before_upload = CascadeForSequenceClassification.before_upload = choose_card_to_upload
-AutoConfig.register(CascadeConfig.model_type, CascadeConfig, exist_ok=True)
-AutoModelForSequenceClassification.register(CascadeConfig, CascadeForSequenceClassification, exist_ok=True)
+__all__ = ["OnnxClassifierWithExits", "OnnxOutput", "__version__"]
+_without_torch = list(__all__)
+
+try:
+    import torch  # noqa: F401
+    import transformers  # noqa: F401
+except ImportError as error:
+    # A machine that only runs exported classifiers: everything else says what it needs when it is asked for.
+    _missing: str | None = str(error)
+else:
+    _missing = None
+    from .with_torch import *  # noqa: F403
+    from .with_torch import CLASSES
+    from .with_torch import __all__ as _with_torch
+
+    __all__ += [*_with_torch, *CLASSES]
 
 
-def __getattr__(name: str) -> type:
-    """The classes of every architecture: `BertWithExitsConfig`, `PapaBertForMaskedLM`, …"""
-    return make_class(name)
+def __getattr__(name: str) -> Any:
+    """The classes of every architecture, made when they are first asked for; or why they cannot be had."""
+    if name.startswith("__"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if _missing is not None:
+        raise ImportError(
+            f"hf_adaptive.{name} needs torch and transformers ({_missing}): pip install torch transformers. Without "
+            f"them there are {', '.join(_without_torch)}."
+        )
+    from .with_torch import class_named
 
-
-__all__ = [
-    "ARCHITECTURES",
-    "Architecture",
-    "AutoModelForSequenceClassificationWithExits",
-    "CalibrationReport",
-    "CascadeConfig",
-    "CascadeForSequenceClassification",
-    "ExitCalibrator",
-    "ExitDistillation",
-    "ExitReport",
-    "ExitsTextClassificationPipeline",
-    "ExitsTrainer",
-    "GradientConflict",
-    "GradientConflictRecorder",
-    "Head",
-    "RoutingSchedule",
-    "SequenceClassifierWithExitsOutput",
-    "__version__",
-    "add_teacher_logits",
-    "calibrate_exits",
-    "evaluate_exits",
-    "gradient_conflict",
-    "mean_attention",
-    "rank_heads",
-    "register_architecture",
-    *(name for architecture in ARCHITECTURES.values() for name in architecture.class_names),
-]
+    return class_named(name)

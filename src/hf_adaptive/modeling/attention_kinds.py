@@ -61,7 +61,7 @@ class Beside(StockClass):
 
     def _finished(self, context: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """From what all heads read `(batch, length, heads, head_size)` to what the stock module returns."""
-        output = context.flatten(2)
+        output = context.reshape(*context.shape[:2], -1)  # no flatten, which the ONNX exporter takes for a view
         for name in self.layout.output:
             output = self.get_submodule(name if self.layout.has_interface else _kept(name))(output)
         norm = self.layout.residual_norm
