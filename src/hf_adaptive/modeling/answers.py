@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from .criteria import Evidence, Policy
+from .criteria import Evidence, Policy, problem_type
 from .inputs import BackboneInputs
-from .labels import problem_type
 from .local_gradients import refuse_gradient
 
 logger = logging.get_logger(__name__)

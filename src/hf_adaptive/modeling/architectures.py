@@ -465,7 +465,7 @@ def _make_config(architecture: Architecture) -> type:
 def _make_backbone(architecture: Architecture) -> type:
     stock = architecture.stock("Model")
 
-    def initialise(self, config):
+    def initialise(self: Any, config: Any) -> None:
         stock.__init__(self, config, **architecture.model_arguments)
 
     return _make(
@@ -518,7 +518,7 @@ def _make_bare(architecture: Architecture) -> type:
     """A stock model that has a backbone and nothing else."""
     base = architecture.stock_base
 
-    def initialise(self, config):
+    def initialise(self: Any, config: Any) -> None:
         base.__init__(self, config)
         setattr(self, self.base_model_prefix, architecture.stock("Model")(config, **architecture.model_arguments))
         self.post_init()

@@ -101,7 +101,7 @@ class CascadeForSequenceClassification(  # type: ignore[misc]
 
     @classmethod
     def from_backbone(
-        cls, pretrained_model_name_or_path: str | os.PathLike, depths: Sequence[int], **kwargs: Any
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], depths: Sequence[int], **kwargs: Any
     ) -> "CascadeForSequenceClassification":
         """Members that are the first layers of one pretrained model, each with a classifier of its own.
 
@@ -240,7 +240,7 @@ class CascadeForSequenceClassification(  # type: ignore[misc]
         self._note_members()
         return self.get_input_embeddings()
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """As `PreTrainedModel.save_pretrained`, with the members' sizes as they are now.
 
         Raises:

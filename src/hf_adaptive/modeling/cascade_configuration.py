@@ -23,7 +23,7 @@ class _CascadeFields(DecisionsConfigMixin):
     members: list[dict[str, Any]] | None = None
     pad_token_id: int | None = None
 
-    def __post_init__(self, **kwargs: Any):
+    def __post_init__(self, **kwargs: Any) -> None:
         self.members = list(self.members or [])
         configs = [member_config(member, position) for position, member in enumerate(self.members)]
         _check_sizes(configs)

@@ -106,9 +106,8 @@ def check_classes(models: list[PreTrainedModel]) -> None:
         raise ValueError("a cascade needs at least one member, got none.")
     for model in models:
         # One look into the mapping: its values would import the code of every architecture.
-        is_classifier = isinstance(model, PreTrainedModel) and (
-            MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(model.config), None) is type(model)
-        )
+        known: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+        is_classifier = isinstance(model, PreTrainedModel) and known.get(type(model.config), None) is type(model)
         # Code of its own does not travel with the cascade, and a model with exits has costs of its own.
         if not is_classifier or type(model)._auto_class is not None:
             raise ValueError(

@@ -73,9 +73,9 @@ class DecisionsConfigMixin(ReadsWhole):
     exit_thresholds: list[float | int | None] | float | int | None = None
     exit_temperatures: list[float | int] | None = None
     exit_tolerance: float | int | None = None
-    exit_calibration: dict | None = None
+    exit_calibration: dict[str, Any] | None = None
 
-    def __post_init__(self, **kwargs: Any):
+    def __post_init__(self, **kwargs: Any) -> None:
         refuse_unknown_fields(kwargs, ("exit_", "constant_"), self.added_fields())
         super().__post_init__(**kwargs)
         self._complete_exits()
@@ -209,7 +209,7 @@ class ExitsConfigMixin(DecisionsConfigMixin, ExtendsStockConfig):
     exit_branch_layers: int = 0
     exit_pooling: str | None = None
     exit_local_gradients: bool = True
-    constant_heads: list | None = None
+    constant_heads: list[Any] | None = None
     constant_length: int | None = None
 
     def _complete_exits(self) -> None:

@@ -8,9 +8,8 @@ from transformers.utils.import_utils import is_jit_tracing, is_tracing
 
 from .answers import Answers, Leaving, choose_exits, warn_of_nan
 from .bases import ModelBase
-from .criteria import CRITERIA, ForcedPolicy, Policy, ThresholdPolicy, exit_position
+from .criteria import CRITERIA, ForcedPolicy, Policy, ThresholdPolicy, exit_position, problem_type
 from .inputs import BackboneInputs
-from .labels import problem_type
 from .losses import answer_loss, exits_loss
 
 logger = logging.get_logger(__name__)

@@ -13,7 +13,7 @@ from .labels import has_label, problem_type_of
 MeanLoss = Callable[[int, torch.Tensor, torch.Tensor, Any], torch.Tensor]
 
 
-def answer_loss(logits: torch.Tensor, labels: torch.Tensor, config) -> torch.Tensor:
+def answer_loss(logits: torch.Tensor, labels: torch.Tensor, config: Any) -> torch.Tensor:
     """Mean loss of one answer a row, as every `…ForSequenceClassification` computes it, without rows of no label.
 
     Args:

@@ -4,6 +4,8 @@ SWEET (Rotem et al., ACL 2023, section 4) detaches the hidden state that one exi
 between 0 (SWEET) and 1 (joint training) lets that share of the gradient through.
 """
 
+from typing import Any
+
 import torch
 
 SHARES = {"joint": 1.0, "sweet": 0.0, "disjoint": 0.0}
@@ -16,12 +18,12 @@ def gradient_share(routing: str | float) -> float:
 
 class _ScaleGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tensor: torch.Tensor, share: float) -> torch.Tensor:
+    def forward(ctx: Any, tensor: torch.Tensor, share: float) -> torch.Tensor:
         ctx.share = share
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         return gradient * ctx.share, None
 
 

@@ -20,7 +20,7 @@ class SavesWhole(ModelBase):
 
     def save_pretrained(
         self,
-        save_directory: str | os.PathLike,
+        save_directory: str | os.PathLike[str],
         is_main_process: bool = True,
         state_dict: dict[str, Any] | None = None,
         push_to_hub: bool = False,
@@ -59,7 +59,9 @@ class SavesWhole(ModelBase):
     # Set where the package is imported: chooses the card that a push carries (here it knows nothing of cards).
     before_upload: ClassVar[Callable[..., None] | None] = None
 
-    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+    def _upload_modified_files(
+        self, working_dir: str | os.PathLike[str], repo_id: str, *args: Any, **kwargs: Any
+    ) -> Any:
         if self.before_upload is not None:
             self.before_upload(working_dir, repo_id, token=kwargs.get("token"), revision=kwargs.get("revision"))
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
@@ -77,13 +79,13 @@ class ReadsWhole(ConfigBase):
 
     @classmethod
     def get_config_dict(
-        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         settle_checkpoint(pretrained_model_name_or_path, kwargs.get("subfolder"))
         return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
 
 
-def settle_checkpoint(path: str | os.PathLike, subfolder: str | None = None) -> None:
+def settle_checkpoint(path: str | os.PathLike[str], subfolder: str | None = None) -> None:
     """Undoes a save that was interrupted in this folder, or ends it; nothing for a name on the Hub."""
     settle(Path(path, subfolder or ""))
 

@@ -25,7 +25,7 @@ _NEW, _KEPT, _JOURNAL = "new", "kept", "journal.json"
 
 @contextlib.contextmanager
 def replaced_files(
-    folder: str | os.PathLike, deciding: str, is_stale: Callable[[str], bool] = lambda name: False
+    folder: str | os.PathLike[str], deciding: str, is_stale: Callable[[str], bool] = lambda name: False
 ) -> Iterator[Path]:
     """Yields an empty folder for new files, and moves them into `folder` when the block ends without an error.
 
@@ -57,7 +57,7 @@ def replaced_files(
             _settle(draft)
 
 
-def settle(folder: str | os.PathLike) -> None:
+def settle(folder: str | os.PathLike[str]) -> None:
     """Undoes a switch that was interrupted in this folder, if there is one, or ends it where it was decided.
 
     Raises:

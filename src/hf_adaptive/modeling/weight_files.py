@@ -28,7 +28,7 @@ _CONVERT = (
 class LoadsSafetensors(ModelBase):
     """A model whose adapters, too, are safetensors only."""
 
-    def load_adapter(self, peft_model_id: str | os.PathLike | None = None, *args: Any, **kwargs: Any) -> Any:
+    def load_adapter(self, peft_model_id: str | os.PathLike[str] | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, from safetensors only.
 
         Raises:
@@ -39,7 +39,7 @@ class LoadsSafetensors(ModelBase):
         return super().load_adapter(peft_model_id, *args, **kwargs)
 
 
-def safetensors_only(path: str | os.PathLike | None, arguments: dict[str, Any]) -> dict[str, Any]:
+def safetensors_only(path: str | os.PathLike[str] | None, arguments: dict[str, Any]) -> dict[str, Any]:
     """Arguments of `from_pretrained` with which no pickled weights are read.
 
     transformers takes them, asked for safetensors, still where the path is one file, where an index or the
@@ -60,7 +60,7 @@ def safetensors_only(path: str | os.PathLike | None, arguments: dict[str, Any]) 
     return {**arguments, "use_safetensors": True}
 
 
-def _refuse_pickles(path: str | os.PathLike, arguments: dict[str, Any]) -> None:
+def _refuse_pickles(path: str | os.PathLike[str], arguments: dict[str, Any]) -> None:
     hub_arguments = {name: arguments[name] for name in HUB_ARGUMENTS if name in arguments}
     if Path(path).is_file():
         _check_names(path, [Path(path).name])
@@ -80,12 +80,12 @@ def _refuse_pickles(path: str | os.PathLike, arguments: dict[str, Any]) -> None:
         _check_adapter(path, hub_arguments)
 
 
-def _check_adapter(path: str | os.PathLike, hub_arguments: dict[str, Any]) -> None:
+def _check_adapter(path: str | os.PathLike[str], hub_arguments: dict[str, Any]) -> None:
     is_safe = _found(path, ADAPTER_SAFE_WEIGHTS_NAME, hub_arguments) is not None
     _check_names(path, [ADAPTER_SAFE_WEIGHTS_NAME if is_safe else ADAPTER_WEIGHTS_NAME])
 
 
-def _found(path: str | os.PathLike, name: str, hub_arguments: dict[str, Any]) -> str | None:
+def _found(path: str | os.PathLike[str], name: str, hub_arguments: dict[str, Any]) -> str | None:
     """Where a file of the checkpoint lies on this machine; None if there is none."""
     return cached_file(
         path,
@@ -97,7 +97,7 @@ def _found(path: str | os.PathLike, name: str, hub_arguments: dict[str, Any]) ->
     )
 
 
-def _check_names(path: str | os.PathLike, names: Iterable[str]) -> None:
+def _check_names(path: str | os.PathLike[str], names: Iterable[str]) -> None:
     pickled = sorted({name for name in names if not name.endswith(".safetensors")})
     if pickled:
         raise OSError(f"{path} has weights that are no safetensors ({', '.join(pickled)}). {_CONVERT}")
