@@ -311,6 +311,26 @@ def test_layers_that_are_one_module_may_pass_a_share_to_branches():
     assert len({id(group) for group in (*groups, own._layers[0])}) == 3
 
 
+# A length for each exit
+
+
+@pytest.mark.parametrize("name", ["bert", "deberta", "albert"])
+def test_some_exits_with_branches_and_some_without(name):
+    own = branched(name, exit_branch_layers=(1, 0))
+    assert [len(head.branch) for head in own.exits] == [1, 0, 0]
+    assert own.config.exit_costs == [1 / 4, (2 + 1) / 4, (4 + 1) / 4]
+    with torch.no_grad():
+        assert_rows_leave_alike_alone(own, INPUTS, range(ROWS))
+    found = gradients(own, INPUTS, exit_routing="sweet")
+    apart = losses_apart(own)
+    layers = f"{own.base_model_prefix}.{own.architecture.layers}."
+    for key, gradient in found.items():
+        # The second exit stands on the trunk and owns what lies below it; the first exit's branch is its own.
+        layer = key.removeprefix(layers).partition(".")[0] if key.startswith(layers) else None
+        owner = int(key.split(".")[1]) if key.startswith("exits.") else 2 if layer in ("2", "3") else 1
+        torch.testing.assert_close(gradient, apart[owner][key], atol=1e-6, rtol=1e-4, msg=key)
+
+
 # Constant heads
 
 
@@ -335,7 +355,9 @@ def test_constant_heads_in_trunk_and_branch(name, tmp_path):
 
 
 def test_exits_too_close_for_a_branch():
-    with pytest.raises(ValueError, match=r"exit_branch_layers=2 is longer .*\[1, 2, 4\] are \[1, 1\] layers apart.*1"):
+    with pytest.raises(
+        ValueError, match=r"exit_branch_layers=\[2, 2\] is longer .*\[1, 2, 4\] are \[1, 1\] layers apart"
+    ):
         architectures.config("bert", exit_branch_layers=2)
     with pytest.raises(ValueError, match=r"there is no exit between .*exit_layers=\[0, 4\]"):
         architectures.config("bert", exit_layers=[0, 4], exit_pooling="mean", exit_branch_layers=1)

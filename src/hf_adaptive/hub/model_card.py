@@ -240,7 +240,7 @@ def _words(config: Any) -> dict[str, Any]:
     example = config.exit_thresholds or {"entropy": 0.3, "patience": 2}.get(config.exit_criterion, 0.9)
     return {
         "routing": values.get("exit_routing"),
-        "branch_layers": values.get("exit_branch_layers"),
+        "has_branches": any(config.exit_branch_costs),
         "has_constant_heads": bool(values.get("constant_heads")),
         "first_exit": config.exit_layers[0],
         "last_exit": config.exit_layers[-1],
@@ -254,12 +254,11 @@ def _words(config: Any) -> dict[str, Any]:
 def _facts(config: Any) -> str:
     values = config.to_dict()
     labels = [as_text(str(config.id2label[index])) for index in sorted(config.id2label)]
-    branch_layers = values.get("exit_branch_layers")
     shown = ", ".join(labels[:10]) + (f", … ({len(labels)} in all)" if len(labels) > 10 else "")
     rows = [
         ("exits after layers", f"{', '.join(map(str, config.exit_layers))} of {config.exit_layers[-1]}"),
         ("routing", _routing_in_words(values.get("exit_routing"))),
-        *([("branches", _branches_in_words(branch_layers))] if branch_layers else []),
+        *([("branches", _branches_in_words(config))] if any(config.exit_branch_costs) else []),
         ("pooling", f"`{values['exit_pooling']}`" if "exit_pooling" in values else "each model's own"),
         ("criterion", f"`{config.exit_criterion}`"),
         ("thresholds", "none: all layers are run" if config.exit_thresholds is None else "stored, see below"),
@@ -268,8 +267,9 @@ def _facts(config: Any) -> str:
     return _table(("", ""), rows, numbers=False)
 
 
-def _branches_in_words(layers: int) -> str:
-    return f"{layers} layer{'s' if layers > 1 else ''} of its own for every exit before the last"
+def _branches_in_words(config: Any) -> str:
+    lengths = [str(config.branch_length(depth)) for depth in config.exit_layers[:-1]]
+    return f"{', '.join(lengths)} layers of their own for the exits before the last"
 
 
 def _routing_in_words(routing: str | float | None) -> str:

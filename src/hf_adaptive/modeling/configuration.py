@@ -180,9 +180,9 @@ class ExitsConfigMixin(DecisionsConfigMixin, ExtendsStockConfig):
             exit's gradient that passes each boundary, from 0 (as `sweet`) to 1 (as `joint`). The boundary of an exit
             beside the trunk (with a branch, or on the embeddings) lies between the trunk and the exit: with `sweet`
             it updates its branch and head only, and the trunk learns from the last exit as in plain fine-tuning.
-        exit_branch_layers (`int`): Own last layers of every exit but the last and one on the embeddings: a branch,
-            copied from the pretrained layers, that reads the trunk's state so many layers before the exit. At most
-            the distance to the exit before.
+        exit_branch_layers (`int` or `list[int]`): Own last layers of every exit but the last and one on the
+            embeddings: a branch, copied from the pretrained layers, that reads the trunk's state so many layers before
+            the exit. At most the distance to the exit before. A list has one number for each exit but the last.
         exit_loss_weights (`list[float]`, *optional*): Weight of each exit's loss; None for 1 each.
         exit_pooling (`str`, *optional*): What an exit's head sees: `cls` (first token), `mean` (of the real tokens) or
             `last` (last real token), or `late` (mean after the head's dense layer). Default by architecture.
@@ -206,7 +206,7 @@ class ExitsConfigMixin(DecisionsConfigMixin, ExtendsStockConfig):
     """
 
     exit_routing: str | float | int = "sweet"
-    exit_branch_layers: int = 0
+    exit_branch_layers: int | list[int] = 0
     exit_pooling: str | None = None
     exit_local_gradients: bool = True
     constant_heads: list[Any] | None = None
@@ -223,6 +223,8 @@ class ExitsConfigMixin(DecisionsConfigMixin, ExtendsStockConfig):
         self.exit_layers = list(self.exit_layers)
         check_routing(self.exit_routing)
         check_branch_layers(self.exit_branch_layers, self.exit_layers)
+        if isinstance(self.exit_branch_layers, tuple):
+            self.exit_branch_layers = list(self.exit_branch_layers)
         check_choice("exit_pooling", self.exit_pooling, POOLINGS)
         check_pooling_of_embeddings(self.exit_pooling, self.exit_layers)
         check_choice("exit_local_gradients", self.exit_local_gradients, (True, False))
@@ -240,7 +242,10 @@ class ExitsConfigMixin(DecisionsConfigMixin, ExtendsStockConfig):
 
     def branch_length(self, depth: int) -> int:
         """Own layers of the exit at this depth."""
-        return self.exit_branch_layers if 0 < depth < self.num_hidden_layers else 0
+        if not 0 < depth < self.num_hidden_layers:
+            return 0
+        lengths = self.exit_branch_layers
+        return lengths if isinstance(lengths, int) else lengths[self.exit_layers.index(depth)]
 
     @property
     def exit_costs(self) -> list[float]:
@@ -312,20 +317,29 @@ def check_calibration(record: Any, exits: int) -> None:
         check_profile(record["profile"], exits)
 
 
-def check_branch_layers(length: Any, exit_layers: list[int]) -> None:
-    """Raises `ValueError` unless a branch of so many layers fits between every exit and the one before it."""
-    if isinstance(length, bool) or not isinstance(length, int) or length < 0:
-        raise ValueError(f"exit_branch_layers must be a whole number of layers, 0 for no branches, got {length!r}.")
-    steps = [later - earlier for earlier, later in itertools.pairwise([0, *exit_layers[:-1]]) if later > 0]
-    if length > 0 and not steps:
+def check_branch_layers(lengths: Any, exit_layers: list[int]) -> None:
+    """Raises `ValueError` unless branches of so many layers fit between every exit and the one before it."""
+    early = exit_layers[:-1]
+    steps = [later - earlier for earlier, later in itertools.pairwise([0, *early])]
+    if isinstance(lengths, (list, tuple)):
+        allowed = f"a list of {len(early)} whole numbers, one for each exit but the last (exit_layers={exit_layers})"
+        if len(lengths) != len(early) or not all(_is_count(length) for length in lengths):
+            raise ValueError(f"exit_branch_layers must be {allowed}, or one number for all, got {lengths!r}.")
+    elif not _is_count(lengths):
+        raise ValueError(f"exit_branch_layers must be a whole number of layers, 0 for no branches, got {lengths!r}.")
+    else:
+        if lengths > 0 and not any(steps):
+            raise ValueError(
+                f"exit_branch_layers={lengths}, but there is no exit between the embeddings and the last layer "
+                f"(exit_layers={exit_layers}) that could have a branch. Add exits, or set it to 0."
+            )
+        lengths = [lengths if depth > 0 else 0 for depth in early]
+    too_long = [depth for depth, length, step in zip(early, lengths, steps) if length > step]
+    if too_long:
         raise ValueError(
-            f"exit_branch_layers={length}, but there is no exit between the embeddings and the last layer "
-            f"(exit_layers={exit_layers}) that could have a branch. Add exits, or set it to 0."
-        )
-    if length > min(steps, default=0):
-        raise ValueError(
-            f"exit_branch_layers={length} is longer than the way from one exit to the next (exit_layers={exit_layers} "
-            f"are {steps} layers apart): at most {min(steps)}, or move the exits apart."
+            f"exit_branch_layers={lengths} is longer than the way from one exit to the next: the exits in exit_layers="
+            f"{exit_layers} are {steps} layers apart, which is too little for those after {too_long}. Use shorter "
+            "branches (a list may give each exit another length), or move the exits apart."
         )
 
 
@@ -355,6 +369,10 @@ def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     """Raises `ValueError` unless `value` is one of `allowed`."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _is_finite_number(value: Any) -> bool:

@@ -137,7 +137,7 @@ class ExitsMixin(
 
     def _check_routing_of_shared_layers(self) -> None:
         is_share = 0 < gradient_share(self.config.exit_routing) < 1
-        if self.architecture.shares_layers and is_share and not self._has_branches:
+        if self.architecture.shares_layers and is_share and self._boundaries:
             raise ValueError(
                 f"exit_routing={self.config.exit_routing!r} has no meaning for {self.architecture.name}, whose layers "
                 "are one shared module: use 'joint', 'sweet' (the module learns from the first exit) or "
@@ -385,12 +385,14 @@ class ExitsMixin(
         return gradient_share(self.config.exit_routing) if self.training else 1.0
 
     def _segment(self, depth: int) -> int:
-        """Index of the segment of the layer at this depth; exits beside the trunk do not divide it."""
-        return 0 if self._has_branches else sum(0 < own <= depth for own in self.config.exit_layers)
+        """Index of the segment of the layer at this depth."""
+        return sum(boundary <= depth for boundary in self._boundaries)
 
     @property
-    def _has_branches(self) -> bool:
-        return self.config.exit_branch_layers > 0
+    def _boundaries(self) -> list[int]:
+        """Depths of the exits that divide the trunk into segments: those that are not beside it."""
+        early = self.config.exit_layers[:-1]
+        return [depth for depth in early if depth > 0 and self.config.branch_length(depth) == 0]
 
     def _exit_answer(self, index: int, hidden: torch.Tensor, inputs: BackboneInputs) -> ExitAnswer:
         head = cast(ExitHead, self.exits[index])
@@ -407,7 +409,7 @@ class ExitsMixin(
 
     def _forced_policy(self, thresholds: Any, exit_at: int) -> Policy | None:
         policy = super()._forced_policy(thresholds, exit_at)
-        if policy is None and self._has_branches and not self.training:
+        if policy is None and any(self.config.exit_branch_costs) and not self.training:
             return ForcedPolicy(len(self.exits) - 1)  # without the branches of the exits before
         return policy
 
