@@ -5,7 +5,8 @@ regrouped into full batches for the next segment, and so on. One hard example do
 lost most of its rows is not run on nearly empty.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,57 @@ class PredictsDatasets(ModelBase):
             exit_index=answers.exit_index,
             exit_certainty=answers.certainty,
         )
+
+    def predict_stream(
+        self,
+        examples: Iterable[Mapping[str, Any]],
+        batch_size: int = 32,
+        window: int = 4096,
+        exit_thresholds: list[float | None] | float | None = None,
+        exit_at: int | None = None,
+        split_between_processes: bool = True,
+    ) -> Iterator[SequenceClassifierWithExitsOutput]:
+        """Classifies whatever can be iterated over: a generator, an `IterableDataset`, rows of Parquet files.
+
+        Rows are read in windows, each of which is classified as by `predict`, so that memory does not grow with their
+        number. Several processes have to be given the same rows, as for `predict`.
+
+        Args:
+            examples (`Iterable[Mapping]`): Tokenised examples.
+            batch_size (`int`): Examples run at a time, at every stage.
+            window (`int`): Examples read at a time; the more, the more alike are the lengths in a batch.
+            exit_thresholds, exit_at: As in `forward`.
+            split_between_processes (`bool`): False where each process has examples of its own, and wants its answers.
+
+        Returns:
+            `Iterator[SequenceClassifierWithExitsOutput]`: One answer an example, in their order; on the CPU, without
+            the batch dimension.
+
+        Raises:
+            ValueError: What `predict` refuses (when that row is read), or a window below 1.
+        """
+        if window < 1:
+            raise ValueError(f"window must be at least 1, got {window}.")
+        settings = {"exit_thresholds": exit_thresholds, "exit_at": exit_at, "show_progress": False}
+        return self._stream(
+            iter(examples), window, batch_size, {**settings, "split_between_processes": split_between_processes}
+        )
+
+    def _stream(
+        self, examples: Iterator[Mapping[str, Any]], window: int, batch_size: int, settings: dict[str, Any]
+    ) -> Iterator[SequenceClassifierWithExitsOutput]:
+        start = 0
+        while rows := list(itertools.islice(examples, window)):
+            try:
+                outputs = self.predict(rows, batch_size, **settings)
+            except ValueError as error:
+                raise ValueError(f"rows {start} to {start + len(rows) - 1} of the stream: {error}") from error
+            names, columns = zip(*outputs.items())
+            yield from (
+                SequenceClassifierWithExitsOutput(**dict(zip(names, values)))
+                for values in zip(*(column.unbind() for column in columns))
+            )
+            start += len(rows)
 
     def staged(
         self, exit_thresholds: list[float | None] | float | None = None, exit_at: int | None = None
