@@ -20,6 +20,7 @@ from hf_adaptive.modeling.scheduling import (
     StageResult,
     StageScheduler,
     WaitingRow,
+    best_batch,
     cheapest_sizes,
 )
 
@@ -217,3 +218,25 @@ def test_neither_needs_torch():
     folder = Path(scheduling.__file__).parent
     done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(sorted(CRITERIA))
+
+
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=9).map(lambda rows: sorted(rows, reverse=True)),
+    chosen=st.integers(0, 8),
+    limit=st.integers(1, 5),
+    max_tokens=st.none() | st.integers(1, 80),
+)
+def test_no_other_batch_with_the_row_is_worth_more(lengths, chosen, limit, max_tokens):
+    chosen %= len(lengths)
+
+    def worth(start, stop):
+        return sum(lengths[start:stop]) / (7 + (stop - start) * lengths[start])
+
+    def is_allowed(start, stop):
+        size = stop - start
+        return size <= limit and (size == 1 or max_tokens is None or size * lengths[start] <= max_tokens)
+
+    found = best_batch(lengths, chosen, limit, 7, max_tokens)
+    others = [(i, j) for i in range(chosen + 1) for j in range(chosen + 1, len(lengths) + 1) if is_allowed(i, j)]
+    assert found in others
+    assert worth(*found) == pytest.approx(max(worth(*other) for other in others))

@@ -183,15 +183,9 @@ class StageScheduler:
         """The latest stage at which so many rows wait."""
         return next((stage for stage in self._latest_first() if len(self._queues[stage]) >= least), None)
 
-    def split(self, stage: int, among: Sequence[WaitingRow] | None = None) -> list[list[WaitingRow]]:
-        """The rows of a stage as the batches that cost least, the longest rows first; they still wait.
-
-        Args:
-            stage (`int`): Which.
-            among (`Sequence[WaitingRow]`, *optional*): Only these of them.
-        """
-        chosen = self._queues[stage].values() if among is None else among
-        rows = sorted(chosen, key=lambda row: row.length, reverse=True)
+    def split(self, stage: int) -> list[list[WaitingRow]]:
+        """The rows of a stage as the batches that cost least, the longest rows first; they still wait."""
+        rows = sorted(self._queues[stage].values(), key=lambda row: row.length, reverse=True)
         sizes = cheapest_sizes([row.length for row in rows], self.max_batch_size, self.start_cost, self.max_tokens)
         ends = list(itertools.accumulate(sizes, initial=0))
         return [rows[start:stop] for start, stop in itertools.pairwise(ends)]
@@ -242,7 +236,10 @@ class StageScheduler:
         if hurried is not None and hurried.stage == stage:
             first = hurried
             window = window if hurried in window else [hurried, *window]
-        return next(batch for batch in self.split(stage, window) if first in batch)
+        window.sort(key=lambda row: row.length, reverse=True)
+        lengths = [row.length for row in window]
+        start, stop = best_batch(lengths, window.index(first), self.max_batch_size, self.start_cost, self.max_tokens)
+        return window[start:stop]
 
     def _most_hurried(self, now: float) -> WaitingRow | None:
         self._forget_gone()
@@ -391,3 +388,29 @@ def cheapest_sizes(lengths: Sequence[int], limit: int, overhead: int, max_tokens
         sizes.append(int(size[start]))
         start += sizes[-1]
     return sizes
+
+
+def best_batch(
+    lengths: Sequence[int], chosen: int, limit: int, overhead: int, max_tokens: int | None = None
+) -> tuple[int, int]:
+    """The batch that holds a row and is worth most: of consecutive rows, the most real tokens for its cost.
+
+    Args:
+        lengths (`Sequence[int]`): Tokens of the rows, descending.
+        chosen (`int`): Place of the row.
+        limit, overhead, max_tokens: As in [`cheapest_sizes`].
+
+    Returns:
+        `tuple[int, int]`: Its first row, and one past its last.
+    """
+    first, last = max(0, chosen - limit + 1), min(len(lengths), chosen + limit)
+    near = np.maximum(lengths[first:last], 1)
+    sums = np.concatenate([[0], near.cumsum()])
+    starts, stops = np.arange(chosen - first + 1)[:, None], np.arange(chosen - first + 1, last - first + 1)[None]
+    sizes, longest = stops - starts, near[: chosen - first + 1, None]
+    is_allowed = sizes <= limit
+    if max_tokens is not None:
+        is_allowed &= (sizes * longest <= max_tokens) | (sizes == 1)
+    worth = np.where(is_allowed, (sums[stops] - sums[starts]) / (overhead + sizes * longest), -1.0)
+    start, stop = np.unravel_index(worth.argmax(), worth.shape)
+    return first + int(start), chosen + 1 + int(stop)

@@ -337,20 +337,19 @@ class ExitsEngine:
 
     def _answer(self, rows: list[Any], arrays: RowAnswers) -> None:
         now, taken, answered = time.monotonic(), arrays.taken, []
-        is_number = ~np.isnan(taken).any(axis=1)
+        is_number, exits = (~np.isnan(taken).any(axis=1)).tolist(), arrays.exit_index.tolist()
         for position, row in enumerate(rows):
             if not is_number[position]:
                 self._fail(row, NotANumberError("the model answered NaN: look for NaN in its weights."))
                 continue
-            index = int(arrays.exit_index[position])
-            answer = EngineAnswer(
-                taken[position], arrays.logits[position], index, self._exit_layers[index], row.length
-            )
+            depth = self._exit_layers[exits[position]]
+            answer = EngineAnswer(taken[position], arrays.logits[position], exits[position], depth, row.length)
             if self._finish(row, answer):
                 answered.append(position)
-        exits = arrays.exit_index[answered].tolist()
-        self._recorder.note_answers([rows[position] for position in answered], exits, now)
-        self.monitor.note([rows[position] for position in answered], arrays.select(answered))
+        if len(answered) < len(rows):
+            rows, arrays = [rows[position] for position in answered], arrays.select(answered)
+        self._recorder.note_answers(rows, arrays.exit_index.tolist(), now)
+        self.monitor.note(rows, arrays)
 
     def _finish(self, request: Request, answer: EngineAnswer) -> bool:
         """Whether somebody still wanted the answer."""

@@ -10,7 +10,7 @@ import numpy as np
 from transformers.utils import logging
 
 from ..modeling.criteria import CRITERIA, problem_type
-from ..modeling.exit_profile import DOUBTS, cells, exit_shares
+from ..modeling.exit_profile import cells, exit_shares
 from ..modeling.scheduling import RowAnswers
 from .requests import Request
 from .sequential import BoundTest, DriftTest, exact_interval
@@ -125,7 +125,7 @@ class Monitor:
         self._record = config.calibration_in_force if is_as_calibrated else None
         self._unordered: list[Audited] = []
         self._waiting: deque[Audited] = deque()
-        self._counts = np.zeros(len(config.exit_layers) * DOUBTS, dtype=np.int64)
+        self._counts = np.zeros(len(config.exit_layers), dtype=np.int64)
         self._drift = self._new_drift_test(seed)
         self._bound, self._bound_from = self._find_bound()
         self._action = "none"
@@ -137,8 +137,10 @@ class Monitor:
         """Rows were answered, in whatever order."""
         if not rows:
             return
+        self._counts += np.bincount(answers.exit_index, minlength=len(self._counts))
+        if self._drift is None and self.audit_share == 0:
+            return
         found = cells(answers.logits, answers.exit_index, answers.certainty, self.config)
-        self._counts += np.bincount(found, minlength=len(self._counts))
         for row, taken, cell in zip(rows, answers.taken, found.tolist()):
             heapq.heappush(self._unordered, Audited(row, taken, cell))
 
@@ -261,7 +263,6 @@ class Monitor:
 
     def drift_report(self) -> dict[str, Any]:
         """As plain values, see [`DriftReport`]."""
-        shares = exit_shares(self._counts.reshape(len(self.config.exit_layers), -1).tolist())
         test = self._drift
         return asdict(
             DriftReport(
@@ -271,7 +272,7 @@ class Monitor:
                 is_drifting=test is not None and test.found_after is not None,
                 found_after=None if test is None else test.found_after,
                 false_alarm_rate=self.false_alarm_rate,
-                exit_shares=shares,
+                exit_shares=(self._counts / max(1, self._counts.sum())).tolist(),
                 expected_shares=None if self._record is None else exit_shares(self._record["profile"]),
             )
         )
