@@ -50,7 +50,7 @@ def test_bad_calls():
     assert list(model.predict_stream([])) == []
     with pytest.raises(ValueError, match="window must be at least 1, got 0"):
         model.predict_stream(examples([3]), window=0)
-    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+    with pytest.raises(ValueError, match="batch_size must be"):
         next(model.predict_stream(examples([3]), batch_size=0))
     answers = model.predict_stream([*examples([3] * 5), {"input_ids": []}], window=4)
     with pytest.raises(ValueError, match=r"rows 4 to 5 of the stream: examples\[1\] has no tokens"):
