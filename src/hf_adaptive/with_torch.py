@@ -1,6 +1,7 @@
 """What users import, as far as it needs torch and transformers; registration with the Auto classes."""
 
 from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers.utils import is_peft_available
 
 from .auto import AutoModelForSequenceClassificationWithExits
 from .calibration import CalibrationReport, ExitCalibrator, calibrate_exits
@@ -29,6 +30,10 @@ for _architecture in list(ARCHITECTURES.values()):
 ExitsMixin.before_upload = CascadeForSequenceClassification.before_upload = choose_card_to_upload
 AutoConfig.register(CascadeConfig.model_type, CascadeConfig, exist_ok=True)
 AutoModelForSequenceClassification.register(CascadeConfig, CascadeForSequenceClassification, exist_ok=True)
+if is_peft_available():
+    from .training import adapters
+
+    adapters.register()
 
 
 def class_named(name: str) -> type:

@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..evaluation.report import spread_by_cost
@@ -46,7 +47,7 @@ def model_card(
     """A card that says where the model comes from, what its exits are worth, and how to load it.
 
     Args:
-        model: A classifier with exits (or a cascade).
+        model: A classifier with exits, also with an adapter of PEFT (or a cascade).
         report (`ExitReport`, *optional*): What was measured; the card has no numbers without it.
         repo_id (`str`): Name on the Hub, for the examples of use.
         base_model (`str`, *optional*): What it was fine-tuned from; defaults to what the model was loaded from, unless
@@ -69,14 +70,17 @@ def model_card(
     base_model = None if base_model == repo_id else base_model
     repo_id = one_line(repo_id) or "this-model"
     base_model, dataset_name = _cleaned(base_model), _cleaned(dataset_name)
+    # The only other thing that has a card of ours: a `PeftModel`.
+    is_adapter = not isinstance(model, PreTrainedModel)
     template = resources.files(__package__).joinpath("card_template.md").read_text(encoding="utf-8")
     card = ModelCard.from_template(
-        _metadata(config, report, repo_id, base_model, dataset_name, language, license, tags, widget),
+        _metadata(config, report, repo_id, base_model, dataset_name, language, license, tags, widget, is_adapter),
         template_str=template,
         seal=BLANK_SEAL,
         model_name=as_text(_last_part(repo_id)),
         repo_literal=as_literal(repo_id),
         base_model=_shown(base_model, "https://huggingface.co"),
+        adapter_of=as_literal(_loaded_as(base_model)) if is_adapter else None,
         dataset=_shown(dataset_name, "https://huggingface.co/datasets"),
         facts=_facts(config),
         exit_table=_exit_table(config, report),
@@ -139,12 +143,13 @@ def _metadata(
     license: str | None,
     tags: list[str] | None,
     widget: Sequence[str] | None,
+    is_adapter: bool,
 ) -> ModelCardData:
     results = _eval_results(config, report, dataset_name) if report is not None else None
     return ModelCardData(
         language=language,
         license=license,
-        library_name="transformers",
+        library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-classification",
         tags=["early-exit", "hf_adaptive", *_own_tags(config), *(tags or [])],
         base_model=base_model if _is_hub_name(base_model) else None,
@@ -228,6 +233,13 @@ def _shown(name: str | None, address: str) -> str | None:
     if name is None:
         return None
     return f"[{name}]({address}/{name})" if _is_hub_name(name) else as_code(_last_part(name))
+
+
+def _loaded_as(name: str | None) -> str:
+    """What stands in code for the model that an adapter changes."""
+    if name is None:
+        return "the-base-model"
+    return name if _is_hub_name(name) else _last_part(name)
 
 
 # Text

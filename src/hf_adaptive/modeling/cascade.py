@@ -130,7 +130,7 @@ class CascadeForSequenceClassification(  # type: ignore[misc]
         new = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
         cascade = cls.from_models([first_layers(stock, depth, new) for depth in depths], **fields)
         cascade._exits_are_untrained = True
-        cascade.config._name_or_path = str(path)
+        cascade.config._name_or_path = cascade.name_or_path = str(path)
         return cascade
 
     @classmethod

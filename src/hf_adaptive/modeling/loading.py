@@ -128,7 +128,8 @@ class LoadsPlainCheckpoints(ModelBase):
         arguments = {**model_arguments, "dtype": stock.dtype, **kwargs}
         with _reports(lambda record: _name_path(record, path)):
             model = super().from_pretrained(None, *model_args, config=config, state_dict=weights, **arguments)
-        (model[0] if isinstance(model, tuple) else model).config._name_or_path = str(path)
+        loaded = model[0] if isinstance(model, tuple) else model
+        loaded.config._name_or_path = loaded.name_or_path = str(path)
         return model
 
     @classmethod

@@ -13,6 +13,7 @@ import torch
 from ..modeling.exits import ExitsMixin
 from ..modeling.labels import read_labels
 from ..modeling.losses import answer_loss
+from .unwrapping import without_adapter
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +67,7 @@ def gradient_conflict(model: Any, batch: Mapping[str, torch.Tensor]) -> Gradient
     Raises:
         ValueError: A model without exits (the members of a cascade share no layers), no labels, or bad ones.
     """
+    model = without_adapter(model)
     _check(model, batch)
     with torch.enable_grad(), _training_without_dropout(model):
         gradients = [_layer_gradients(model, loss) for loss in _losses(model, batch)]

@@ -7,6 +7,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..modeling.configuration import check_choice
 from ..modeling.exits import ExitsMixin
 from ..modeling.routing import gradient_share
+from .unwrapping import without_adapter
 
 SHAPES = ("linear", "step")
 
@@ -57,6 +58,7 @@ class RoutingSchedule(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         """Refuses models for which a schedule has no meaning."""
+        model = without_adapter(model)
         _check_model(model)
         routings = {self.routing(step, state.max_steps) for step in range(state.max_steps)}
         between = sorted(share for share in map(gradient_share, routings) if 0 < share < 1)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import EvalPrediction, PreTrainedModel, Trainer
+from transformers import EvalPrediction, Trainer
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import default_compute_objective
 from transformers.utils import logging
@@ -21,6 +21,7 @@ from ..modeling.labels import NO_LABEL, has_label, problem_type, problem_type_of
 from ..modeling.losses import answer_loss, exits_loss
 from ..modeling.outputs import SequenceClassifierWithExitsOutput
 from .distillation import ExitDistillation
+from .unwrapping import without_adapter
 
 logger = logging.get_logger(__name__)
 
@@ -403,7 +404,7 @@ class ExitsTrainer(Trainer):
             return
         data = dataset if dataset is not None else dataset_tags
         card = model_card(
-            self._exits_model,
+            self.accelerator.unwrap_model(self.model),
             self.report,
             repo_id=self.hub_model_id or model_name or self._folder.name,
             base_model=finetuned_from,
@@ -447,9 +448,7 @@ class ExitsTrainer(Trainer):
 
     @property
     def _exits_model(self) -> Any:
-        model = self.accelerator.unwrap_model(self.model)
-        # Beneath an adapter of PEFT, whose layers are in the model itself.
-        return model if isinstance(model, PreTrainedModel) else model.get_base_model()
+        return without_adapter(self.accelerator.unwrap_model(self.model))
 
 
 def _of_exit(prediction: EvalPrediction, index: int) -> EvalPrediction:
