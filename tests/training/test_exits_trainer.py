@@ -261,3 +261,22 @@ def test_regression_is_scored_by_correlation(tmp_path):
     data = dataset().cast_column("label", Value("float32"))
     scores = trainer(tmp_path, model, data).evaluate()
     assert {"eval_pearson", "eval_layer_1_pearson", "eval_layer_2_pearson"} <= set(scores)
+
+
+def test_a_compiled_model_trains_evaluates_and_reports(tmp_path):
+    """Slow to compile, so once only: what is learned is what is learned uncompiled."""
+    fields = {"num_labels": 2, "num_hidden_layers": 2, "exit_layers": [1, 2]}
+    losses, weights = [], []
+    for compiled in (False, True):
+        model = tiny.without_dropout("roberta", **fields)
+        # No padding, so that there is one graph.
+        data = Dataset.from_dict({"input_ids": [[0, 5, 2]] * 8, "attention_mask": [[1] * 3] * 8, "label": [0, 1] * 4})
+        arguments = {"torch_compile": True, "torch_compile_backend": "eager"} if compiled else {}
+        own = trainer(tmp_path, model, data, max_steps=1, **arguments)
+        losses.append(own.train().training_loss)
+        weights.append(own.model.state_dict())
+        assert own.report is not None
+        assert "eval_layer_1_accuracy" in own.evaluate()
+    assert losses[1] == pytest.approx(losses[0])
+    for key, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][key], tensor, atol=1e-5, rtol=1e-4, msg=key)

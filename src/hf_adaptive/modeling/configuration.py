@@ -3,6 +3,7 @@
 import difflib
 import itertools
 import math
+import re
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -213,6 +214,8 @@ class ExitsConfigMixin(DecisionsConfigMixin, ExtendsStockConfig):
     constant_length: int | None = None
 
     def _complete_exits(self) -> None:
+        if self.architectures is not None:
+            self.architectures = named_by_task(self.architectures)
         if self.exit_layers is None:
             self.exit_layers = default_exit_layers(self.num_hidden_layers)
         if self.exit_pooling is None:
@@ -260,6 +263,16 @@ class ExitsConfigMixin(DecisionsConfigMixin, ExtendsStockConfig):
     def exit_branch_costs(self) -> list[float]:
         """As in any configuration with exits; branches are what this one has."""
         return [self.branch_length(depth) / self.num_hidden_layers for depth in self.exit_layers]
+
+
+def named_by_task(architectures: list[str]) -> list[str]:
+    """The names of classes, and the same with the task at the end, where stock classes have it.
+
+    sentence-transformers' `CrossEncoder` takes a checkpoint for one without a head, of one label, unless one of the
+    names ends in `ForSequenceClassification`.
+    """
+    moved = [re.sub(r"(For\w+)WithExits$", r"WithExits\1", name) for name in architectures]
+    return list(dict.fromkeys([*architectures, *moved]))
 
 
 def _transferable(values: dict[str, Any]) -> dict[str, Any]:
