@@ -4,7 +4,7 @@ model?
     python examples/exit_study_both_ends.py outputs/exit-study model_cards/exit-study/both-ends
 
 Reads the finished runs of examples/run_exit_study.py (`runs/`, and `timing.json` where time was measured), also of a
-study that is not finished, and writes README.md, results.json and a figure for every task. Methods compared on a task
+study that is not finished, and writes results.md, results.json and a figure for every task. Methods compared on a task
 are those that have all seeds of the recipe there. The members of `multi-model` are plain fine-tuning of each depth
 alone, the last one that of the whole encoder.
 """
@@ -51,7 +51,7 @@ def main() -> None:
     for task in tasks:
         write_whole(folder / f"curves-{task['task']}.svg", lambda draft, task=task: draw(task, draft))
     words = page(settings, tasks, timing)
-    write_whole(folder / "README.md", lambda draft: Path(draft).write_text(words, encoding="utf-8"))
+    write_whole(folder / "results.md", lambda draft: Path(draft).write_text(words, encoding="utf-8"))
     print(words)
 
 

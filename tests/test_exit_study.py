@@ -209,7 +209,7 @@ def test_the_page_on_both_ends_says_what_was_kept_and_what_was_missed(tmp_path, 
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     monkeypatch.setattr(sys, "argv", ["script", str(tmp_path), str(tmp_path / "page")])
     script.main()
-    page = (tmp_path / "page" / "README.md").read_text()
+    page = (tmp_path / "page" / "results.md").read_text()
     assert "| toy | last exit ≥ plain − 0.3 | -1.0 ± 0.0 | **no** |" in page
     assert "| toy | first exit ≥ its depth alone − 0.5 | +0.0 ± 0.0 | yes |" in page
     assert "| joint | 70.1 ± 0.2 | 90.1 ± 0.2 | 1.00 |" in page
