@@ -230,6 +230,16 @@ def test_convert_save_load_round_trip(plain_checkpoint, constants, tmp_path, fam
     }
 
 
+@pytest.mark.parametrize("suffix", ["ForPreTraining", "ForSequenceClassification", "Model"])
+def test_the_pooler_of_a_plain_checkpoint_is_left_out(plain_checkpoint, suffix):
+    """Its name, without the backbone's prefix, is that of the PAPA pooler, which has other sizes."""
+    plain = plain_checkpoint("bert", suffix)
+    model = golden.class_of("bert", "ForSequenceClassification").from_pretrained(plain, constant_length=golden.LENGTH)
+    stock = transformers.BertModel.from_pretrained(plain)
+    torch.testing.assert_close(model.bert.embeddings.state_dict(), stock.embeddings.state_dict())
+    assert model.pooler.dense.weight.isfinite().all()
+
+
 def test_masked_language_model_without_constant_heads_is_the_stock_model(plain_checkpoint):
     plain = plain_checkpoint("roberta")
     inputs = golden.tensors("roberta/inputs")

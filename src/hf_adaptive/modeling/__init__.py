@@ -17,7 +17,9 @@ A row comes in
     `exits.py`              the classifier with exits: `forward` starts here
 It goes through layers
     `layers.py`             the backbone's layers, with something to do at the exits
-    `constant_attention.py` attention heads that are constant
+    `attention_layouts.py`  how an architecture's self-attention is laid out; `attention_kinds.py`, how it is called
+    `constant_heads.py`     attention heads that are constant; `constant_attention.py`, what they compute
+    `head_choice.py`        which heads are constant, as a user gives it
     `routing.py`            where a gradient stops
     `local_gradients.py`    SWEET's gradients, one segment at a time
 It reaches an exit
@@ -41,5 +43,5 @@ The checkpoint is written
 Models of other kinds
     `cascade.py`            independent classifiers, one after another; `cascade_configuration.py`
     `cascade_members.py`    how those are made, called and checked
-    `papa.py`               encoders with constant heads, and the papers' probe
+    `papa.py`               encoders with constant heads, and the papers' probe; `papa_configuration.py`
 """

@@ -233,8 +233,10 @@ class PlainCheckpoint:
             names = self.model_class(self.config).state_dict().keys()
         own = {key: tensor for key, tensor in self.model.state_dict().items() if key not in self.new}
         known = {name: tensor for name, tensor in {**own, **self._copies(own)}.items() if name in names}
+        # A weight of the backbone is read also without its prefix: "bert.pooler" would be taken for "pooler".
+        taken = {*names, *(f"{self.model.base_model_prefix}.{name}" for name in names)}
         # Without content, so that the final load reports them as any load does.
-        return {**{key: torch.empty(0) for key in self._surplus() if key not in names}, **known}
+        return {**{key: torch.empty(0) for key in self._surplus() if key not in taken}, **known}
 
     def _copies(self, own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Weights that start as copies of the checkpoint's `own`."""
