@@ -15,7 +15,7 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# What depends on transformers most, with the lowest versions that pyproject.toml allows (but for torch).
+# What depends on transformers most, with the lowest versions that pyproject.toml allows (but for torch and the extras).
 test-lowest:
 	$(MAKE) VENV=.venv-lowest .venv-lowest/.lowest
 	.venv-lowest/bin/python -m pytest -n 2 --dist loadfile -k "not compiled" \
@@ -44,7 +44,7 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 $(VENV)/.lowest: $(VENV)/.torch pyproject.toml
 	grep -oE '"[a-z0-9-]+>=[0-9.]+' pyproject.toml | tr -d '"' | sed 's/>=/==/' | grep -vE '^(torch|setuptools)=' \
 		> $(VENV)/lowest.txt
-	$(PIP_INSTALL) --editable ".[test]" --constraint $(VENV)/lowest.txt
+	$(PIP_INSTALL) --editable . hypothesis pytest pytest-xdist --constraint $(VENV)/lowest.txt
 	touch $@
 
 clean:
