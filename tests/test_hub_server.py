@@ -182,7 +182,8 @@ def test_a_pushed_model_loads_in_another_process(models):
     model, found, server = models
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= set(server.files("someone/stock"))
     inputs = tiny.tokenizer()("good film", return_tensors="pt")
-    assert found["logits"] == model(**inputs).logits.tolist()
+    # Another process may compute with other kernels.
+    torch.testing.assert_close(torch.tensor(found["logits"]), model(**inputs).logits.detach(), atol=1e-5, rtol=1e-5)
     assert found["pipeline"] == 2
 
 
