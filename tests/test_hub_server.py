@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from tests import tiny
 from tests.hub_server import metadata_errors, served_hub  # noqa: F401
