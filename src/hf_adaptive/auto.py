@@ -3,6 +3,8 @@
 import os
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from .modeling.architectures import ARCHITECTURES, make_class, supported_architecture
 from .modeling.loading import check_config, checkpoint_model_type
 
@@ -45,6 +47,8 @@ class AutoModelForSequenceClassificationWithExits:
         Raises:
             ValueError: An architecture that is not supported, or a configuration without exits.
         """
+        if not isinstance(config, PreTrainedConfig):
+            raise ValueError(f"config must be a configuration with exits, got a {type(config).__name__}.")
         model_class = _class_for(config.model_type)
         check_config(model_class, config)
         return model_class._from_config(config, **kwargs)

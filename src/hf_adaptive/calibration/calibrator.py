@@ -14,6 +14,7 @@ from transformers.utils import logging
 from ..evaluation.data_use import note_use
 from ..files import write_whole
 from ..modeling.answers import Answers, choose_exits
+from ..modeling.checks import check_choice, check_classifier, check_count
 from ..modeling.criteria import CRITERIA, ThresholdPolicy
 from ..modeling.examples import as_rows
 from ..modeling.exit_profile import cells, count_cells
@@ -192,6 +193,9 @@ class ExitCalibrator:
         seed: int = 0,
         show_progress: bool = True,
     ):
+        check_classifier("calibrate_exits", model)
+        check_choice("exit_criterion", model.config.exit_criterion, tuple(CRITERIA))
+        check_count("seed", seed, least=0)
         self.model = model
         self.config = model.config
         self.criterion = CRITERIA[model.config.exit_criterion]
@@ -226,6 +230,11 @@ class ExitCalibrator:
         if not has_wish and (confidence is not None or not self.fits_temperatures):
             raise ValueError("say what is wanted: target_cost, max_accuracy_drop or max_disagreement.")
         wish = make_wish(**bounds) if has_wish else None
+        if wish is not None and len(self.config.exit_layers) == 1:
+            raise ValueError(
+                f"{wish} is about leaving early, and the model has one exit only (exit_layers="
+                f"{self.config.exit_layers}). Give it more exits, or ask for temperatures only."
+            )
         tuning, testing = self._split(wish, confidence, per_exit)
         fits = self._temperature_fits(tuning)
         ranges = self._certainty_ranges(tuning)

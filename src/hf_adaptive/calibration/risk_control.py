@@ -16,6 +16,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..modeling.checks import is_number
 from .exit_table import ExitTable, Thresholds, take_exits
 from .p_values import (
     accuracy_drop_p_value,
@@ -224,9 +225,9 @@ class _Test:
 
 
 def _delta(confidence: float) -> float:
-    if not 0 < confidence < 1:
-        hint = f" Did you mean {confidence / 100:g}?" if 1 < confidence < 100 else ""
-        raise ValueError(f"confidence must lie between 0 and 1, both not included, got {confidence}.{hint}")
+    if not is_number(confidence) or not 0 < confidence < 1:
+        hint = f" Did you mean {confidence / 100:g}?" if is_number(confidence) and 1 < confidence < 100 else ""
+        raise ValueError(f"confidence must lie between 0 and 1, both not included, got {confidence!r}.{hint}")
     return 1 - confidence
 
 

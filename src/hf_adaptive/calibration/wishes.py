@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from ..modeling.checks import is_number
 from .exit_table import ExitTable, OperatingPoint, Thresholds
 
 # Means over examples are compared with this tolerance: far below one example, far above rounding.
@@ -155,13 +156,13 @@ def cheapest_above(floor: float) -> Objective:
 
 
 def _checked_cost(value: float) -> float:
-    if not 0 < value < math.inf:
-        raise ValueError(f"target_cost must be a positive number (0.4 = 40 % of the layers on average), got {value}.")
+    if not is_number(value) or value <= 0:
+        raise ValueError(f"target_cost must be a positive number (0.4 = 40 % of the layers), got {value!r}.")
     return float(value)
 
 
 def _checked_bound(name: str, value: float) -> float:
-    if not 0 <= value < 1:
-        hint = f" Did you mean {value / 100:g} ({value:g} %)?" if 1 <= value < 100 else ""
-        raise ValueError(f"{name} must be a fraction, at least 0 and below 1 (0.01 = one point), got {value}.{hint}")
+    if not is_number(value) or not 0 <= value < 1:
+        hint = f" Did you mean {value / 100:g} ({value:g} %)?" if is_number(value) and 1 <= value < 100 else ""
+        raise ValueError(f"{name} must be a fraction, at least 0 and below 1 (0.01 = one point), got {value!r}.{hint}")
     return float(value)

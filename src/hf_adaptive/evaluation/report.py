@@ -15,6 +15,7 @@ import torch
 
 from ..files import write_whole
 from ..modeling.answers import Answers, choose_exits
+from ..modeling.checks import check_classifier, check_count, is_number, shortened
 from ..modeling.criteria import CRITERIA, ThresholdPolicy
 from ..modeling.examples import as_rows
 from ..modeling.labels import LABEL_COLUMNS, has_label, labels_of, problem_type
@@ -119,7 +120,14 @@ class ExitReport:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ExitReport":
-        """From the plain values that `to_dict` gives."""
+        """From the plain values that `to_dict` gives; a `ValueError` if they are no report."""
+        try:
+            return cls._from_values(values)
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise ValueError(f"these values are no report of exits ({error}): {shortened(values)}.") from error
+
+    @classmethod
+    def _from_values(cls, values: Mapping[str, Any]) -> "ExitReport":
         parts: dict[str, Any] = {"curve": [CurvePoint(**point) for point in values["curve"]]}
         for name, kind in (("chosen", CurvePoint), ("plain", PlainModel)):
             part = values.get(name)
@@ -155,6 +163,8 @@ class ExitReport:
 
     def point_at_cost(self, cost: float) -> CurvePoint | None:
         """The most accurate point of at most this cost, the cheaper of two alike; None if there is none."""
+        if not is_number(cost):
+            raise ValueError(f"cost must be a number (0.4 = 40 % of the layers), got {shortened(cost)}.")
         within = [point for point in self.curve if point.cost <= cost]
         return max(within, key=lambda point: (point.accuracy, -point.cost), default=None)
 
@@ -264,6 +274,7 @@ def measure_exits(
     plain: Any = None,
 ) -> ExitReport:
     """[`evaluate_exits`] for data that may be calibrated on later."""
+    _check_arguments(model, metric, thresholds, timed_examples)
     rows, read = as_rows(dataset), labels_of(dataset, model.config)
     if read is None:
         raise ValueError(
@@ -301,6 +312,15 @@ def measure_exits(
         return _with_times(report, model, plain, timed, show_progress) if timed else report
     finally:
         model.train(was_training)
+
+
+def _check_arguments(model: Any, metric: Any, thresholds: Any, timed_examples: Any) -> None:
+    check_classifier("evaluate_exits", model)
+    if metric is not None and not callable(metric):
+        raise ValueError(f"metric must be called with predictions and references, got {shortened(metric)}.")
+    if thresholds is not None and not isinstance(thresholds, (list, tuple, np.ndarray)):
+        raise ValueError(f"thresholds must be a list of numbers, got {shortened(thresholds)}.")
+    check_count("timed_examples", timed_examples, least=0)
 
 
 def _score_of_plain(

@@ -359,6 +359,8 @@ def register_architecture(architecture: Architecture) -> None:
     Raises:
         ValueError: The stock classes have no `base_model_prefix`.
     """
+    if not isinstance(architecture, Architecture):
+        raise ValueError(f"architecture must be an Architecture, got a {type(architecture).__name__}.")
     if not architecture.stock_base.base_model_prefix:
         raise ValueError(
             f"{architecture.stock_base.__name__}.base_model_prefix is empty; set it to the name of the attribute that "

@@ -17,6 +17,7 @@ from .architectures import ARCHITECTURES, supported_architecture
 from .cascade_configuration import CascadeConfig, as_member, check_tokenizers, plain_values
 from .cascade_members import (
     MemberEmbeddings,
+    as_list,
     check_classes,
     check_depths,
     check_independence,
@@ -149,7 +150,7 @@ class CascadeForSequenceClassification(  # type: ignore[misc]
             ValueError: No models, one that is no stock sequence classifier, members that do not fit together or share
                 weights, or a bad field.
         """
-        models = list(models)
+        models = as_list("models", models)
         check_classes(models)
         check_independence(models)
         fields = _pop_fields(cls, fields)
@@ -192,6 +193,7 @@ class CascadeForSequenceClassification(  # type: ignore[misc]
         Raises:
             ValueError: Empty batch; thresholds, `exit_at` or labels that cannot be used; hidden states or attentions.
         """
+        self.config.check_before_use()
         self._refuse_insides(output_hidden_states, output_attentions)
         named = {
             "input_ids": input_ids,

@@ -47,13 +47,21 @@ class _CascadeFields(DecisionsConfigMixin):
                 "exit_layers out: it is found from the members."
             )
         self.exit_layers = depths
+        super()._complete_exits()
+
+    def check_before_use(self) -> None:
+        """As in any configuration of exits; `learned` is not there.
+
+        Raises:
+            ValueError: A value that cannot be used.
+        """
+        super().check_before_use()
         if self.exit_criterion == "learned":
             usable = ", ".join(repr(name) for name in CRITERIA if name != "learned")
             raise ValueError(
                 "exit_criterion='learned' is not there for a cascade: its members, stock classifiers, have no unit "
                 f"that could learn it. Use one of {usable}."
             )
-        super()._complete_exits()
 
     def member_configs(self) -> list[PreTrainedConfig]:
         """The members' configurations, with the cascade's labels."""

@@ -1,7 +1,7 @@
 """The members of a cascade: stock classifiers, how they are made, called and checked."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import nn
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from .architectures import ARCHITECTURES, Architecture
+from .checks import shortened
 from .configuration import check_exit_layers
 from .inputs import BackboneInputs, positions_of_real_tokens
 from .stock_exit import config_of_first_layers, in_one_type
@@ -83,9 +84,16 @@ class HookHandles:
             handle.remove()
 
 
+def as_list(name: str, values: Any) -> list[Any]:
+    """The values of a list, a `ModuleList`, …; a `ValueError` for what is none."""
+    if not isinstance(values, Iterable) or isinstance(values, str):
+        raise ValueError(f"{name} of a cascade must be a list, got {shortened(values)}.")
+    return list(values)
+
+
 def check_depths(depths: Sequence[int], config: PreTrainedConfig, architecture: Architecture) -> None:
     """A `ValueError` for depths that cannot be taken from a model."""
-    depths, num_layers = list(depths), config.num_hidden_layers
+    depths, num_layers = as_list("depths", depths), config.num_hidden_layers
     # The last member may be smaller than the model.
     largest = depths[-1] if depths and depths[-1] in range(1, num_layers) else num_layers
     try:

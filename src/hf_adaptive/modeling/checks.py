@@ -15,6 +15,21 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    """Raises `ValueError` unless `value` is one of `allowed`, which are texts or truth values."""
+    if not isinstance(value, (str, int)) or value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {shortened(value)}.")
+
+
+def check_classifier(user: str, model: Any) -> None:
+    """Raises `ValueError` unless a classifier with exits or a cascade, in torch or exported."""
+    if getattr(getattr(model, "config", None), "exit_layers", None) is None:
+        raise ValueError(
+            f"{user} needs a model with exits or a cascade, got a {type(model).__name__}. Load one with "
+            "AutoModelForSequenceClassificationWithExits.from_pretrained(...)."
+        )
+
+
 def check_count(name: str, value: Any, least: int = 1) -> None:
     """Raises `ValueError` unless a whole number of at least so many."""
     if not is_whole_number(value) or value < least:

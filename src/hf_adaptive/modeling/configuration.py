@@ -2,12 +2,12 @@
 
 import difflib
 import itertools
-import math
 import re
 from dataclasses import dataclass, fields
 from typing import Any
 
 from .bases import ConfigBase
+from .checks import check_choice, check_count, is_number, is_whole_number
 from .criteria import CRITERIA, ThresholdPolicy, checked_thresholds
 from .exit_profile import check_profile
 from .head_choice import check_constant_heads
@@ -78,6 +78,8 @@ class DecisionsConfigMixin(ReadsWhole):
 
     def __post_init__(self, **kwargs: Any) -> None:
         refuse_unknown_fields(kwargs, ("exit_", "constant_"), self.added_fields())
+        if "num_labels" in kwargs:
+            check_count("num_labels", kwargs["num_labels"])
         super().__post_init__(**kwargs)
         self._complete_exits()
 
@@ -87,14 +89,32 @@ class DecisionsConfigMixin(ReadsWhole):
 
     def _check_decisions(self) -> None:
         """Checks the fields that say when rows leave and what is learned."""
+        check_count("num_labels", self.num_labels)
+        self.check_before_use()
+        if self.exit_loss_weights is not None:
+            self.exit_loss_weights = list(self.exit_loss_weights)
+        if self.exit_temperatures is not None:
+            self.exit_temperatures = list(self.exit_temperatures)
+        check_calibration(self.exit_calibration, len(self.exit_layers))
+        if self.exit_thresholds is not None:
+            self.exit_thresholds = self.checked_thresholds(self.exit_thresholds)
+
+    def check_before_use(self) -> None:
+        """Checks what may have been set since the configuration was made; thresholds are checked with their policy.
+
+        Raises:
+            ValueError: A value that cannot be used; it names the value, what is allowed, and the fix.
+        """
         check_choice("exit_criterion", self.exit_criterion, tuple(CRITERIA))
         self._check_list("exit_loss_weights", "a finite number of at least 0", lambda x: x >= 0)
         if self.exit_loss_weights is not None and not any(self.exit_loss_weights):
             raise ValueError("exit_loss_weights must have at least one number above 0: nothing would be learned.")
         self._check_list("exit_temperatures", "a finite number above 0", lambda x: x > 0)
-        check_calibration(self.exit_calibration, len(self.exit_layers))
-        if self.exit_thresholds is not None:
-            self.exit_thresholds = self.checked_thresholds(self.exit_thresholds)
+        if self.exit_tolerance is not None and not (is_number(self.exit_tolerance) and self.exit_tolerance >= 0):
+            raise ValueError(
+                "exit_tolerance must be a finite number of at least 0, in the unit of the labels, or None, got "
+                f"{self.exit_tolerance!r}."
+            )
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -136,9 +156,8 @@ class DecisionsConfigMixin(ReadsWhole):
                 f"got {values!r}."
             )
         for position, value in enumerate(values):
-            if not _is_finite_number(value) or not is_allowed(value):
+            if not is_number(value) or not is_allowed(value):
                 raise ValueError(f"{name}[{position}] must be {allowed}, got {value!r}.")
-        setattr(self, name, list(values))
 
     @property
     def exit_branch_costs(self) -> list[float]:
@@ -232,6 +251,16 @@ class ExitsConfigMixin(DecisionsConfigMixin, ExtendsStockConfig):
         check_pooling_of_embeddings(self.exit_pooling, self.exit_layers)
         check_choice("exit_local_gradients", self.exit_local_gradients, (True, False))
         self._check_decisions()
+
+    def check_before_use(self) -> None:
+        """As in any configuration of exits; of the pooling, too.
+
+        Raises:
+            ValueError: A value that cannot be used.
+        """
+        check_choice("exit_pooling", self.exit_pooling, POOLINGS)
+        check_pooling_of_embeddings(str(self.exit_pooling), self.exit_layers)
+        super().check_before_use()
 
     @classmethod
     def added_fields(cls) -> tuple[str, ...]:
@@ -370,7 +399,7 @@ def check_routing(routing: Any) -> None:
     """Raises `ValueError` unless a known routing or a share from 0 to 1."""
     if isinstance(routing, str) and routing in SHARES:
         return
-    if _is_finite_number(routing) and 0 <= routing <= 1:
+    if is_number(routing) and 0 <= routing <= 1:
         return
     raise ValueError(
         f"exit_routing must be one of {', '.join(map(repr, SHARES))}, or a number from 0 (sweet) to 1 (joint), "
@@ -378,15 +407,5 @@ def check_routing(routing: Any) -> None:
     )
 
 
-def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    """Raises `ValueError` unless `value` is one of `allowed`."""
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
-
-
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_finite_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return is_whole_number(value) and value >= 0

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .checks import is_whole_number
+from .checks import check_choice, is_whole_number
 from .numpy_functions import NumpyFunctions
 
 # A `torch.Tensor` or an `np.ndarray`.
@@ -200,7 +200,11 @@ class Learned(Criterion):
         return _grid(0, 1)
 
     def signal(self, evidence: Evidence) -> Array:
-        assert evidence.certainty is not None, "a model with this criterion has certainty units"
+        if evidence.certainty is None:
+            raise ValueError(
+                "exit_criterion='learned' needs the units that are made, and trained, with a model of this criterion; "
+                "this model was made without. Load it with exit_criterion='learned' and fine-tune it, or use another."
+            )
         return evidence.certainty
 
 
@@ -256,6 +260,7 @@ def checked_thresholds(thresholds: Any, exit_layers: Sequence[int], criterion: s
     Raises:
         ValueError: Wrong number of thresholds, or one outside the criterion's range.
     """
+    check_choice("exit_criterion", criterion, tuple(CRITERIA))
     expected = len(exit_layers) - 1
     if isinstance(thresholds, (int, float)) and not isinstance(thresholds, bool):
         thresholds = [thresholds] * expected

@@ -187,6 +187,7 @@ class ExitsMixin(
             ValueError: Empty batch; neither or both of `input_ids` and `inputs_embeds`; thresholds, `exit_at` or
                 labels that cannot be used.
         """
+        self.config.check_before_use()
         inputs = self._inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         if labels is not None:
             labels = read_labels(labels, inputs.rows, self.config)

@@ -16,7 +16,9 @@ def check_constant_heads(config: PreTrainedConfig) -> None:
             positive.
     """
     config.constant_heads = _checked_heads(
-        config.constant_heads or [], config.num_hidden_layers, config.num_attention_heads
+        [] if config.constant_heads is None else config.constant_heads,
+        config.num_hidden_layers,
+        config.num_attention_heads,
     )
     length = config.constant_length
     if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):

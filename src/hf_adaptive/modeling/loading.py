@@ -170,13 +170,24 @@ def checkpoint_model_type(path: str | os.PathLike, **kwargs: Any) -> str | None:
 
 def _config_dict(path: str | os.PathLike, arguments: dict[str, Any]) -> dict[str, Any]:
     hub_arguments = {name: arguments[name] for name in HUB_ARGUMENTS if name in arguments}
-    return PreTrainedConfig.get_config_dict(path, **hub_arguments)[0]
+    try:
+        values = PreTrainedConfig.get_config_dict(path, **hub_arguments)[0]
+    except (AttributeError, TypeError) as error:
+        raise OSError(
+            f"config.json of {path} cannot be read as the configuration of a model, a JSON object: {error}."
+        ) from error
+    if not isinstance(values, dict) or not values:
+        raise OSError(
+            f"{path} has no config.json, or one without content. Name a folder that save_pretrained wrote, "
+            "or the repository of a model on the Hub."
+        )
+    return values
 
 
 def check_config(model_class: Any, config: Any) -> None:
     """Raises `ValueError` for a plain configuration (never test its class: code from elsewhere has its own copy)."""
     expected = model_class.config_class
-    if config is not None and config.model_type != expected.model_type:
+    if config is not None and getattr(config, "model_type", None) != expected.model_type:
         raise ValueError(
             f"{model_class.__name__} needs a {expected.__name__}, got a {type(config).__name__}. Make one with "
             f"{expected.__name__}.from_plain(config, exit_layers=...), or give exit_layers=... instead of a "

@@ -12,7 +12,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassifierOutput
 from transformers.utils import can_return_tuple
 
-from .configuration import check_choice
+from .checks import check_choice
 from .constant_attention import check_length
 from .constant_heads import install_constant_heads, is_constants
 from .initialising import InitialisesAsStock

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .configuration import ExtendsStockConfig, check_choice
+from .checks import check_choice
+from .configuration import ExtendsStockConfig
 from .head_choice import check_constant_heads
 from .saving import ReadsWhole
 

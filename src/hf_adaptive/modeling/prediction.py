@@ -140,6 +140,7 @@ class PredictsDatasets(ModelBase):
         """
         if self.training:
             raise ValueError("stages need the evaluation mode: call model.eval() first.")
+        self.config.check_before_use()
         padding = {**dict.fromkeys(INPUT_NAMES, 0), "input_ids": self.config.pad_token_id or 0}
         limits = input_limits(self._backbone_configs)
         return TorchStages(self, self._policy(exit_thresholds, exit_at), padding, limits, self._unmarked_padding)

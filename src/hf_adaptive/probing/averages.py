@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..files import public_name, write_whole
+from ..modeling.checks import check_count, shortened
 
 _FORMAT = "hf_adaptive.mean_attention"
 _MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -167,6 +168,10 @@ def mean_attention(
         ValueError: If there is no example, an input is longer than `max_length`, or the file at `path` belongs to
             another model or length.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"model must be a pretrained model of transformers, got a {type(model).__name__}.")
+    for name, value in (("max_length", max_length), ("batch_size", batch_size), ("save_every", save_every)):
+        check_count(name, value)
     averages = _started(model, max_length, path)
     loader = _batches(dataloader_or_dataset, batch_size, model.config)
     total = len(loader) if isinstance(loader.dataset, Sized) else None
@@ -218,6 +223,8 @@ def _batches(data: Iterable[Any], batch_size: int, config: PreTrainedConfig) -> 
             f"expected a dataset or a DataLoader, got a mapping with the keys {list(data)}. Did you mean one of "
             "its splits?"
         )
+    if not isinstance(data, Iterable) or isinstance(data, (str, bytes)):
+        raise ValueError(f"dataloader_or_dataset must give batches or tokenized examples, got {shortened(data)}.")
     dataset: Any = data if isinstance(data, Sized) else _Examples(data)
     return DataLoader(
         dataset, batch_size=batch_size, collate_fn=lambda examples: _padded(examples, config.pad_token_id)
@@ -234,9 +241,12 @@ class _Examples(torch.utils.data.IterableDataset):
         return iter(self.examples)
 
 
-def _padded(examples: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    padding = {"input_ids": pad_token_id, "attention_mask": 0, "token_type_ids": 0}
-    columns = {name: [torch.as_tensor(example[name]) for example in examples] for name in _present(examples[0])}
+def _padded(examples: Sequence[Mapping[str, Any]], pad_token_id: int | None) -> dict[str, torch.Tensor]:
+    padding = {"input_ids": pad_token_id or 0, "attention_mask": 0, "token_type_ids": 0}
+    for example in examples:
+        if _present(example) != _present(examples[0]):
+            raise ValueError(f"examples must be mappings with the same columns, got {shortened(example)}.")
+    columns = {name: [_row(name, example[name]) for example in examples] for name in _present(examples[0])}
     if any(ids.dim() != 1 for ids in columns["input_ids"]):
         raise ValueError("expected examples with one text each, got batches. Wrap them in a DataLoader.")
     columns.setdefault("attention_mask", [torch.ones_like(ids) for ids in columns["input_ids"]])
@@ -246,7 +256,19 @@ def _padded(examples: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[st
     }
 
 
+def _row(name: str, values: Any) -> torch.Tensor:
+    try:
+        row = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} of the examples must be lists of whole numbers, got {shortened(values)}.") from error
+    if row.is_floating_point() or not row.numel():
+        raise ValueError(f"{name} of the examples must be lists of whole numbers, got {shortened(values)}.")
+    return row
+
+
 def _present(example: Mapping[str, Any]) -> list[str]:
+    if not isinstance(example, Mapping):
+        raise ValueError(f"examples and batches must be mappings with input_ids, got {shortened(example)}.")
     if "input_ids" not in example:
         raise ValueError(f"examples must be tokenized, with input_ids, got the columns {list(example)}.")
     return [name for name in _MODEL_INPUTS if name in example]

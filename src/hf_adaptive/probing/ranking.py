@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import DataCollator, Trainer, TrainingArguments
+from transformers import DataCollator, PreTrainedModel, Trainer, TrainingArguments
 
 from ..files import write_whole
 from ..modeling.attention_kinds import StockClass, StockHeads, put_beside
+from ..modeling.checks import shortened
 from ..modeling.constant_attention import check_length, constant_attention
 from ..modeling.constant_heads import layout_of, self_attentions, separate_layers
 from ..modeling.head_choice import check_constants
@@ -55,7 +56,7 @@ class HeadRanking:
     def load(cls, path: str | os.PathLike) -> "HeadRanking":
         """Reads what `save` wrote."""
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        if "lambdas" not in content:
+        if not isinstance(content, dict) or "lambdas" not in content:
             raise ValueError(f"{path} holds no head ranking: it has no 'lambdas'.")
         return cls(tuple(tuple(row) for row in content["lambdas"]))
 
@@ -87,6 +88,13 @@ def rank_heads(
     Raises:
         ValueError: If the model has constant heads already, or the constants do not fit it.
     """
+    is_papa = isinstance(model, PreTrainedModel) and "trainable_part" in model.config.to_dict()
+    if not is_papa:
+        raise ValueError(f"rank_heads needs a Papa…Classification model, got a {type(model).__name__}.")
+    if not isinstance(args, TrainingArguments):
+        raise ValueError(f"args must be TrainingArguments, got {shortened(args)}.")
+    if not isinstance(constants, (torch.Tensor, MeanAttention)):
+        raise ValueError(f"constants must be a tensor or what mean_attention returned, got {shortened(constants)}.")
     if model.config.constant_heads:
         raise ValueError(
             f"rank_heads needs a model without constant heads, got one with {len(model.config.constant_heads)}. "

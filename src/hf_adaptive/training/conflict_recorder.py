@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .gradient_conflict import GradientConflict, gradient_conflict
+from ..modeling.checks import is_number
+from .gradient_conflict import GradientConflict, check_batch, gradient_conflict
 
 
 class GradientConflictRecorder(TrainerCallback):
@@ -24,7 +25,8 @@ class GradientConflictRecorder(TrainerCallback):
     """
 
     def __init__(self, batch: Mapping[str, torch.Tensor], every: float = 0.1):
-        if not every > 0:
+        check_batch(batch)
+        if not is_number(every) or every <= 0:
             raise ValueError(f"every must be above 0 (steps, or below 1 a share of all steps), got {every!r}.")
         self.batch = dict(batch)
         self.every = every

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..modeling.checks import shortened
 from ..modeling.exits import ExitsMixin
 from ..modeling.labels import read_labels
 from ..modeling.losses import answer_loss
@@ -89,6 +90,13 @@ def _check(model: Any, batch: Mapping[str, torch.Tensor]) -> None:
             f"gradient_conflict needs a classifier with exits, got a {type(model).__name__}: exits that share layers "
             "are compared."
         )
+    check_batch(batch)
+
+
+def check_batch(batch: Any) -> None:
+    """Raises `ValueError` unless a mapping of tensors with labels."""
+    if not isinstance(batch, Mapping) or not all(isinstance(value, torch.Tensor) for value in batch.values()):
+        raise ValueError(f"batch must be a mapping from names to tensors, got {shortened(batch)}.")
     if "labels" not in batch:
         raise ValueError(f"the batch has no labels: expected 'labels' among its keys, got {sorted(batch)}.")
 

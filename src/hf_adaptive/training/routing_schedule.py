@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..modeling.configuration import check_choice
+from ..modeling.checks import check_choice, is_number
 from ..modeling.exits import ExitsMixin
 from ..modeling.routing import gradient_share
 from .unwrapping import without_adapter
@@ -83,9 +83,9 @@ class RoutingSchedule(TrainerCallback):
 
 
 def _check_end(name: str, routing: Any) -> None:
-    if routing in ("joint", "sweet"):
+    if isinstance(routing, str) and routing in ("joint", "sweet"):
         return
-    if isinstance(routing, bool) or not isinstance(routing, (int, float)) or not 0 <= routing <= 1:
+    if not is_number(routing) or not 0 <= routing <= 1:
         raise ValueError(
             f"{name} must be 'joint', 'sweet' or a share from 0 (sweet) to 1 (joint), got {routing!r}. ('disjoint' "
             "freezes the backbone when the model is made, so it cannot be a part of a schedule.)"
