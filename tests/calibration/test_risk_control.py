@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_adaptive.calibration import risk_control
 from hf_adaptive.calibration.exit_table import ExitTable
 from hf_adaptive.calibration.p_values import (
     accuracy_drop_p_value,
@@ -286,3 +287,56 @@ def test_more_examples_do_not_help_where_every_saving_costs_too_much():
     choice = find_guaranteed_thresholds(hopeless, make_wish(max_disagreement=0.01), CONFIDENCE)
     assert not choice.found
     assert choice.examples_wanted is None
+
+
+# A model that was changed (quantised) after its training, against the model that it was made from.
+
+
+def quantised_exits(num_examples, noise, seed=0):
+    """As `simulated_exits`, with noise on every margin; the bound is about the last exit without it."""
+    plain = simulated_exits(num_examples, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    labels = plain.correct[:, -1]  # in units of "is the reference right", two classes
+    margin = torch.logit(plain.scores.clamp(max=1 - 1e-9)) * (2 * plain.agrees.double() - 1)
+    noisy = margin + noise * torch.randn(margin.shape, generator=generator, dtype=margin.dtype)
+    agrees = noisy > 0
+    return ExitTable(
+        torch.sigmoid(noisy.abs()),
+        agrees,
+        plain.costs,
+        correct=agrees == labels.unsqueeze(1),
+        lowest_score=0.0,
+        reference_correct=labels,
+    )
+
+
+@pytest.mark.parametrize("wish", [DROP, DISAGREEMENT], ids=str)
+@pytest.mark.parametrize("noise", [0.05, 0.2])
+def test_promise_against_a_reference_covers_the_change(wish, noise, monkeypatch):
+    """With the larger noise the changed model alone loses about as much as the wish allows, or more."""
+    monkeypatch.setattr(risk_control._Test, "examples_wanted", lambda self: None)  # takes long, and decides nothing
+    pool, generator = quantised_exits(4000, noise), torch.Generator().manual_seed(4)
+    calibrations = (draw(pool, 1000, generator) for _ in range(DRAWS))
+    choices = [find_guaranteed_thresholds(testing, wish, CONFIDENCE) for testing in calibrations]
+    promised = [choice for choice in choices if choice.full_model_keeps]
+    points = [pool.measure(choice.thresholds) for choice in promised]
+    risks = [point.disagreement if wish.name == "max_disagreement" else point.accuracy_drop for point in points]
+    broken = sum(risk > wish.bound + 1e-12 for risk in risks)
+    assert broken <= MOST_VIOLATIONS * DRAWS
+    assert all(not choice.found for choice in choices if not choice.full_model_keeps)
+    if noise == 0.05:
+        assert sum(choice.found for choice in choices) > 0.9 * DRAWS
+
+
+def test_a_change_that_breaks_the_wish_alone_is_reported():
+    pool = quantised_exits(3000, noise=2.0)
+    for wish in (DROP, DISAGREEMENT):
+        for choice in (
+            find_guaranteed_thresholds(pool, wish, CONFIDENCE),
+            find_guaranteed_thresholds(pool, wish, CONFIDENCE, [(0.9, 0.9, 0.9)]),
+        ):
+            assert not choice.full_model_keeps
+            assert not choice.found
+            assert choice.thresholds == (None, None, None)
+            assert choice.measured.disagreement > 0.02
+    assert not find_thresholds(pool, make_wish(max_disagreement=0.001)).full_model_keeps

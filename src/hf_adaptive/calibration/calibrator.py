@@ -20,6 +20,7 @@ from ..modeling.examples import as_rows
 from ..modeling.exit_profile import cells, count_cells
 from ..modeling.labels import has_label, labels_of, problem_type
 from .exit_table import ExitTable, Thresholds
+from .reference import check_reference, run_all_exits
 from .risk_control import candidate_settings, find_guaranteed_thresholds, split_examples
 from .temperature import TemperatureFit, fit_temperatures
 from .threshold_search import find_thresholds
@@ -101,6 +102,8 @@ class CalibrationReport:
         if self.choice is None:
             return f"Temperatures from {self.num_examples} examples: {_rounded(self.temperatures)}"
         wish, measured = self.choice.wish, self.choice.measured
+        if not self.choice.full_model_keeps:
+            return f"{wish}: {self._already_lost()}"
         if not self.found:
             return f"{wish}: nothing found on {measured.num_examples} examples; all layers are run.{self._way_out()}"
         text = f"{wish}: {self.criterion} thresholds {_shown(self.thresholds)}, cost {measured.mean_cost:.3f}"
@@ -113,11 +116,31 @@ class CalibrationReport:
             text += f"; the bound holds on new data with confidence {self.choice.guarantee.confidence:g}"
         return text + "."
 
+    def _already_lost(self) -> str:
+        assert self.choice is not None, "there is a wish"
+        measured, guarantee = self.choice.measured, self.choice.guarantee
+        lost = f"{measured.disagreement:.2%} other answers"
+        if self.choice.wish.needs_labels:
+            lost = f"{measured.accuracy_drop:.4f} of accuracy"
+        allows = (
+            "the wish allows" if guarantee is None else f"can be promised with confidence {guarantee.confidence:g}"
+        )
+        return (
+            f"the model alone, with all layers run, has lost {lost} against the reference on "
+            f"{measured.num_examples} examples, more than {allows}. No thresholds mend that: quantise less, or allow "
+            f"a larger loss.{self._examples_wanted()}"
+        )
+
     def _way_out(self) -> str:
         if self.choice is None or self.choice.guarantee is None:
             return ""
         if self.choice.examples_wanted is None:
             return " More examples would not help: allow a larger loss, or train the exits better."
+        return self._examples_wanted()
+
+    def _examples_wanted(self) -> str:
+        if self.choice is None or self.choice.examples_wanted is None:
+            return ""
         return f" At the rates seen there, about {self.choice.examples_wanted} testing examples would do."
 
 
@@ -134,13 +157,14 @@ def calibrate_exits(
     batch_size: int = 32,
     seed: int = 0,
     show_progress: bool = True,
+    reference: Any = None,
 ) -> CalibrationReport:
     """Finds temperatures and thresholds on held-out data and stores them in the model's configuration.
 
     For several wishes make an [`ExitCalibrator`], which runs the model once.
 
     Args:
-        model: A classifier with exits, or a cascade.
+        model: A classifier with exits, or a cascade; or one of them exported (`OnnxClassifierWithExits`) or quantised.
         dataset: Tokenised examples, as for `predict`, that are used neither for training nor for evaluation, with
             `labels`, `label` or `label_ids` (only `max_disagreement` does without); those of label -100 are left out.
         target_cost (`float`, *optional*): The most accurate setting at this mean cost (0.4: 40 % of the layers).
@@ -155,13 +179,16 @@ def calibrate_exits(
         batch_size (`int`): Examples run at a time.
         seed (`int`): Of the split that a confidence needs.
         show_progress (`bool`): Whether to show a bar.
+        reference (*optional*): The model whose last exit's answers the bound is measured against, where `model` is a
+            changed form of it: the bound then covers that change (quantisation), too. By default `model` itself.
 
     Returns:
         `CalibrationReport`: What is stored now, and what it is worth.
 
     Raises:
         ValueError: Wishes that contradict each other or are out of range, missing labels, too few examples for the
-            confidence, or a criterion that means nothing for the problem.
+            confidence, a criterion that means nothing for the problem, or a reference of other labels or made for
+            another tokenizer (as far as vocabulary size and special tokens tell).
     """
     wishes = {
         "target_cost": target_cost,
@@ -169,7 +196,13 @@ def calibrate_exits(
         "max_disagreement": max_disagreement,
     }
     calibrator = ExitCalibrator(
-        model, dataset, temperatures=temperatures, batch_size=batch_size, seed=seed, show_progress=show_progress
+        model,
+        dataset,
+        temperatures=temperatures,
+        batch_size=batch_size,
+        seed=seed,
+        show_progress=show_progress,
+        reference=reference,
     )
     report = calibrator.calibrate(**wishes, confidence=confidence, per_exit=per_exit)
     calibrator.store(report)
@@ -180,7 +213,7 @@ class ExitCalibrator:
     """Runs a model once over calibration data, and then answers any number of wishes.
 
     Args:
-        model, dataset, temperatures, batch_size, seed, show_progress: As in [`calibrate_exits`].
+        model, dataset, temperatures, batch_size, seed, show_progress, reference: As in [`calibrate_exits`].
     """
 
     def __init__(
@@ -192,10 +225,13 @@ class ExitCalibrator:
         batch_size: int = 32,
         seed: int = 0,
         show_progress: bool = True,
+        reference: Any = None,
     ):
         check_classifier("calibrate_exits", model)
         check_choice("exit_criterion", model.config.exit_criterion, tuple(CRITERIA))
         check_count("seed", seed, least=0)
+        if reference is not None:
+            check_reference(model, reference)
         self.model = model
         self.config = model.config
         self.criterion = CRITERIA[model.config.exit_criterion]
@@ -204,6 +240,9 @@ class ExitCalibrator:
         self.problem_type = problem_type(model.config)
         self.fits_temperatures = self._fits_temperatures(temperatures)
         self._run(dataset, batch_size, show_progress)
+        self.reference_logits = (
+            None if reference is None else run_all_exits(reference, dataset, batch_size, show_progress)[0][:, -1]
+        )
         self.num_unlabelled = self._leave_out_unlabelled()
         note_use(model, as_rows(dataset), "calibration")
 
@@ -257,9 +296,7 @@ class ExitCalibrator:
         if report.temperatures is not None:
             self.config.exit_temperatures = [fit.temperature for fit in report.temperatures]
         if report.certainty_ranges is not None:
-            for head, (least, largest) in zip(self.model.exits, report.certainty_ranges):
-                head.certainty.least.fill_(least)
-                head.certainty.largest.fill_(largest)
+            self.model.set_certainty_ranges(report.certainty_ranges)
         if report.choice is not None:
             self.config.exit_thresholds = report.thresholds
             profile = self._profile(report.certainty_ranges)
@@ -293,15 +330,9 @@ class ExitCalibrator:
 
     def _run(self, dataset: Sequence[Mapping[str, Any]], batch_size: int, show_progress: bool) -> None:
         """One pass over the data: logits before temperatures, and certainties before their range, of every exit."""
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            everything = [None] * (len(self.config.exit_layers) - 1)
-            outputs = self.model.predict(dataset, batch_size, exit_thresholds=everything, show_progress=show_progress)
-        finally:
-            self.model.train(was_training)
-        self.logits = outputs.exit_logits.double() * self._temperature_tensor(self.config.exit_temperatures)
-        self.certainty = None if outputs.exit_certainty is None else self._unstretched(outputs.exit_certainty.double())
+        logits, certainty = run_all_exits(self.model, dataset, batch_size, show_progress)
+        self.logits = logits * self._temperature_tensor(self.config.exit_temperatures)
+        self.certainty = None if certainty is None else self._unstretched(certainty)
 
     def _leave_out_unlabelled(self) -> int:
         """How many rows of what was run have no label where others have one; they serve for nothing."""
@@ -310,12 +341,12 @@ class ExitCalibrator:
         is_labelled = has_label(self.labels, self.problem_type)
         self.labels, self.logits = self.labels[is_labelled], self.logits[is_labelled]
         self.certainty = None if self.certainty is None else self.certainty[is_labelled]
+        if self.reference_logits is not None:
+            self.reference_logits = self.reference_logits[is_labelled]
         return int((~is_labelled).sum())
 
     def _unstretched(self, certainty: torch.Tensor) -> torch.Tensor:
-        units = [head.certainty for head in self.model.exits]
-        least = torch.tensor([unit.least.item() for unit in units], dtype=torch.float64)
-        largest = torch.tensor([unit.largest.item() for unit in units], dtype=torch.float64)
+        least, largest = torch.tensor(self.model.certainty_ranges, dtype=torch.float64).unbind(dim=1)
         return least + certainty * (largest - least)
 
     def _temperature_tensor(self, temperatures: list[float] | None) -> torch.Tensor:
@@ -355,10 +386,16 @@ class ExitCalibrator:
         )
         signals = signals.masked_fill(logits.isnan().any(dim=-1), math.nan)
         scores = signals if self.criterion.leaves_above else -signals
-        agrees, correct = self._agreement(logits)
+        agrees, correct, reference_correct = self._agreement(logits)
         costs = torch.tensor(self.config.exit_costs, dtype=torch.float64)
         return ExitTable(
-            scores, agrees, costs, correct, lowest_score=self._lowest_score(), branch_costs=self._branch_costs()
+            scores,
+            agrees,
+            costs,
+            correct,
+            lowest_score=self._lowest_score(),
+            branch_costs=self._branch_costs(),
+            reference_correct=reference_correct,
         )
 
     def _branch_costs(self) -> torch.Tensor | None:
@@ -373,20 +410,35 @@ class ExitCalibrator:
         least, largest = torch.tensor(ranges, dtype=torch.float64).unbind(dim=1)
         return ((self.certainty - least) / (largest - least)).clamp(0, 1).float()
 
-    def _agreement(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Whether each exit says what the last one says, and what the label says: `(examples, exits)` each."""
-        is_number = ~logits.isnan().any(dim=-1)
+    def _agreement(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Whether each exit says what the last one (the reference's) says, and what the label says, `(examples,
+        exits)` each; and whether the reference says what the label says, `(examples,)`."""
+        has_reference = self.reference_logits is not None
+        trusted = logits[:, -1] if self.reference_logits is None else self.reference_logits
+        agrees = self._same_answers(logits, trusted)
+        if self.labels is None or self.problem_type == "regression":
+            # A number is not right or wrong.
+            return agrees, None, None
+        correct, reference_correct = self._is_right(logits), self._is_right(trusted.unsqueeze(1))[:, 0]
+        return agrees, correct, reference_correct if has_reference else None
+
+    def _same_answers(self, logits: torch.Tensor, trusted: torch.Tensor) -> torch.Tensor:
+        """Whether each exit `(examples, exits, labels)` says what the trusted one `(examples, labels)` says."""
+        trusted = trusted.unsqueeze(1)
         if self.problem_type == "regression":
-            # A number is not right or wrong; two numbers can be the same within the tolerance.
-            distance = (logits - logits[:, -1:]).abs().amax(dim=-1)
-            return distance <= self.config.exit_tolerance, None
+            # Two numbers can be the same within the tolerance.
+            return (logits - trusted).abs().amax(dim=-1) <= self.config.exit_tolerance
         if self.problem_type == "multi_label_classification":
-            answers = logits > 0
-            right = None if self.labels is None else (answers == self.labels.bool().unsqueeze(1)).all(dim=-1)
-            return (answers == answers[:, -1:]).all(dim=-1), None if right is None else right & is_number
-        answers = logits.argmax(dim=-1)
-        right = None if self.labels is None else answers == self.labels.view(-1, 1)
-        return answers == answers[:, -1:], None if right is None else right & is_number
+            return ((logits > 0) == (trusted > 0)).all(dim=-1)
+        return logits.argmax(dim=-1) == trusted.argmax(dim=-1)
+
+    def _is_right(self, logits: torch.Tensor) -> torch.Tensor:
+        """Whether scores `(examples, exits, labels)` say what the label says; NaN never does."""
+        assert self.labels is not None, "asked where there are labels"
+        is_number = ~logits.isnan().any(dim=-1)
+        if self.problem_type == "multi_label_classification":
+            return ((logits > 0) == self.labels.bool().unsqueeze(1)).all(dim=-1) & is_number
+        return (logits.argmax(dim=-1) == self.labels.view(-1, 1)) & is_number
 
     def _lowest_score(self) -> float:
         """Where everything leaves: the end of the criterion's range."""

@@ -18,11 +18,12 @@ class OperatingPoint:
 
     Attributes:
         mean_cost: mean over the examples of the cost of the exit taken.
-        disagreement: share of examples whose answer differs from the last exit's, between 0 and 1.
+        disagreement: share of examples whose answer differs from the last exit's (from the reference's, where there is
+            one), between 0 and 1.
         exit_shares: share of the examples that leave at each exit.
         num_examples: how many examples it was measured on.
         accuracy: share of right answers; None without labels.
-        accuracy_drop: accuracy of the last exit minus `accuracy`; negative when leaving early helps.
+        accuracy_drop: accuracy of the last exit (or the reference) minus `accuracy`; negative if leaving early helps.
     """
 
     mean_cost: float
@@ -43,7 +44,8 @@ class ExitTable:
     Attributes:
         scores: `(examples, exits)`, higher = readier to leave (a criterion whose signal works the other way round is
             mapped before). NaN never leaves. The last column is not used.
-        agrees: `(examples, exits)` bool: same answer as the last exit; the last column is all true.
+        agrees: `(examples, exits)` bool: same answer as the last exit, whose column is all true; or, of a model that
+            was changed after the training, as the last exit of its reference.
         costs: `(exits,)` cost of an example that leaves at each exit, ascending: the fraction of the layers run, and
             for a cascade the sum over the members run, which may exceed 1, as it may with branches.
         correct: `(examples, exits)` bool: right answer; None when there are no labels.
@@ -51,6 +53,7 @@ class ExitTable:
         branch_costs: `(exits,)` the part of the costs after each exit that is saved where its threshold is None: its
             branch. `measure` leaves it out; a search does not know of it, so that what it finds costs no more than it
             says.
+        reference_correct: `(examples,)` bool: where the reference is right; None where it is the own last exit.
 
     Raises:
         ValueError: shapes that do not fit, infinite scores, costs that do not ascend.
@@ -62,6 +65,7 @@ class ExitTable:
     correct: Tensor | None = None
     lowest_score: float | None = None
     branch_costs: Tensor | None = None
+    reference_correct: Tensor | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scores", self.scores.detach().to("cpu", torch.float64))
@@ -113,22 +117,30 @@ class ExitTable:
         return self.scores.shape[1]
 
     @property
+    def correct_to_match(self) -> Tensor | None:
+        """`(examples,)` bool: where that is right against which accuracy is lost; None without labels."""
+        if self.correct is None or self.reference_correct is not None:
+            return self.reference_correct
+        return self.correct[:, -1]
+
+    @property
     def run_everything(self) -> Thresholds:
         """The setting in which every example goes to the last exit."""
         return (None,) * (self.num_exits - 1)
 
     def select(self, examples: Tensor) -> ExitTable:
         """The rows with these indexes `(k,)`, in this order."""
-        correct = None if self.correct is None else self.correct[examples]
-        return replace(self, scores=self.scores[examples], agrees=self.agrees[examples], correct=correct)
+        names = ("scores", "agrees", "correct", "reference_correct")
+        rows = {name: None if getattr(self, name) is None else getattr(self, name)[examples] for name in names}
+        return replace(self, **rows)
 
     def measure(self, thresholds: Sequence[float | None]) -> OperatingPoint:
         """Cost and quality of a setting, one threshold for every exit but the last (see [`take_exits`])."""
         taken = take_exits(self.scores, thresholds)
         accuracy = accuracy_drop = None
-        if self.correct is not None:
+        if self.correct is not None and self.correct_to_match is not None:
             accuracy = _share_at(self.correct, taken)
-            accuracy_drop = self.correct[:, -1].double().mean().item() - accuracy
+            accuracy_drop = self.correct_to_match.double().mean().item() - accuracy
         return OperatingPoint(
             mean_cost=self._costs_under(thresholds)[taken].mean().item(),
             disagreement=1 - _share_at(self.agrees, taken),

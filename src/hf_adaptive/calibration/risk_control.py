@@ -25,7 +25,7 @@ from .p_values import (
     passes_accuracy_drop,
 )
 from .setting_search import PerExitSearch, SharedPath
-from .wishes import Guarantee, ThresholdChoice, Wish, cheapest_above, reward_of
+from .wishes import Guarantee, ThresholdChoice, Wish, cheapest_above, reward_of, reward_to_match
 
 # Risks, in fractions of the bound, at which the candidates with one threshold per exit are aimed.
 NUM_SHARED = 50
@@ -65,8 +65,10 @@ def find_guaranteed_thresholds(
     _check_size(testing.num_examples, wish, confidence)
     test = _Test(testing, rule)
     thresholds = test.last_passing_shared() if candidates is None else test.last_passing_of(candidates)
-    found = testing.saves(thresholds)
-    thresholds = thresholds if found else testing.run_everything
+    full_model_keeps = thresholds is not None
+    found = thresholds is not None and testing.saves(thresholds)
+    if thresholds is None or not found:
+        thresholds = testing.run_everything
     guarantee = Guarantee(confidence, test.p_value(thresholds), rule.name, testing.num_examples)
     return ThresholdChoice(
         wish=wish,
@@ -76,6 +78,7 @@ def find_guaranteed_thresholds(
         measured=testing.measure(thresholds),
         guarantee=guarantee,
         examples_wanted=None if found else test.examples_wanted(),
+        full_model_keeps=full_model_keeps,
     )
 
 
@@ -93,7 +96,7 @@ def candidate_settings(tuning: ExitTable, wish: Wish) -> list[Thresholds]:
         wish: as in [`find_guaranteed_thresholds`].
     """
     reward = reward_of(tuning, wish)
-    full = reward[:, -1].mean().item()
+    full = reward_to_match(tuning, wish).mean().item()
     front = PerExitSearch(tuning, reward).front(cheapest_above(full - step * wish.bound) for step in LADDER)
     settings = {*front, *SharedPath(tuning).spread(NUM_SHARED)}
     return sorted(settings, key=lambda setting: -tuning.measure(setting).mean_cost)
@@ -181,24 +184,27 @@ class _Test:
 
     def __init__(self, table: ExitTable, rule: _Rule) -> None:
         reward = reward_of(table, rule.wish)
-        change = reward - reward[:, -1:]
+        change = reward - reward_to_match(table, rule.wish).unsqueeze(1)
         self._table, self._rule = table, rule
-        # (examples, exits), 0.0 or 1.0: leaving there makes the answer worse, better than the last exit's.
+        # (examples, exits), 0.0 or 1.0: the answer there is worse, better than the last exit's or the reference's.
         self._worse, self._better = change.clamp_max(0).neg(), change.clamp_min(0)
 
     def p_value(self, thresholds: Thresholds) -> float:
         return self._rule.p_value(*self._counts(thresholds), self._table.num_examples)
 
-    def last_passing_shared(self) -> Thresholds:
+    def last_passing_shared(self) -> Thresholds | None:
+        """The cheapest setting before the first that fails; None if that is the first of all, "run everything"."""
         path = SharedPath(self._table)
         worse, better = (path.total(changes).round().long() for changes in (self._worse, self._better))
         failures = (~self._rule.passes(worse, better, self._table.num_examples)).nonzero()
-        # Point 0, "run everything", always passes: the size was checked.
-        return path.setting(int(failures[0]) - 1 if len(failures) else -1)
+        # Without a reference that one passes: the size was checked.
+        passing = int(failures[0]) if len(failures) else len(worse)
+        return path.setting(passing - 1) if passing else None
 
-    def last_passing_of(self, candidates: Sequence[Thresholds]) -> Thresholds:
-        last = self._table.run_everything
-        for thresholds in candidates:
+    def last_passing_of(self, candidates: Sequence[Thresholds]) -> Thresholds | None:
+        """As [`last_passing_shared`], of settings in this order, after "run everything"."""
+        last = None
+        for thresholds in (self._table.run_everything, *candidates):
             worse, better = (torch.tensor([count]) for count in self._counts(thresholds))
             if not self._rule.passes(worse, better, self._table.num_examples):
                 break

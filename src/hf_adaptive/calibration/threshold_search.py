@@ -25,12 +25,15 @@ def find_thresholds(table: ExitTable, wish: Wish, per_exit: bool = False) -> Thr
     Raises:
         ValueError: a wish about accuracy without labels.
     """
-    objective = objective_of(wish, reward_of(table, wish))
+    objective = objective_of(wish, table)
     thresholds = _best_per_exit(table, wish, objective) if per_exit else _best_shared(table, wish, objective)
     found = thresholds is not None and (wish.name == "target_cost" or table.saves(thresholds))
+    # Nothing grants a bound on the loss: not even all layers run, which lose nothing unless there is a reference.
+    full_model_keeps = thresholds is not None or wish.name == "target_cost"
     if thresholds is None or not found:
         thresholds = table.run_everything
-    return ThresholdChoice(wish, found, thresholds, per_exit, table.measure(thresholds))
+    measured = table.measure(thresholds)
+    return ThresholdChoice(wish, found, thresholds, per_exit, measured, full_model_keeps=full_model_keeps)
 
 
 def _best_shared(table: ExitTable, wish: Wish, objective: Objective) -> Thresholds | None:

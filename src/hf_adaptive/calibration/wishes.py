@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from ..modeling.checks import is_number
@@ -76,6 +77,8 @@ class ThresholdChoice:
         per_exit: whether the thresholds were allowed to differ.
         measured: what the setting does on the examples it was chosen (with a guarantee: tested) on.
         guarantee: None if none was asked for.
+        full_model_keeps: False where not even all layers run grant the wish: a model that was changed (quantised, say)
+            has lost too much against its reference by that alone.
         examples_wanted: where a guarantee was asked for and nothing passed, about how many testing examples would do,
             at the rates of changed answers seen; None if more would not help.
     """
@@ -87,6 +90,7 @@ class ThresholdChoice:
     measured: OperatingPoint
     guarantee: Guarantee | None = None
     examples_wanted: int | None = None
+    full_model_keeps: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -138,11 +142,18 @@ def reward_of(table: ExitTable, wish: Wish) -> Tensor:
     return table.correct.double()
 
 
-def objective_of(wish: Wish, reward: Tensor) -> Objective:
-    """What a search has to maximise to grant the wish; `reward` from [`reward_of`]."""
+def reward_to_match(table: ExitTable, wish: Wish) -> Tensor:
+    """`(examples,)` the reward of that against which something may be lost: the last exit, or the reference."""
+    if not wish.needs_labels or table.correct_to_match is None:
+        return torch.ones(table.num_examples, dtype=torch.float64)
+    return table.correct_to_match.double()
+
+
+def objective_of(wish: Wish, table: ExitTable) -> Objective:
+    """What a search has to maximise to grant the wish."""
     if wish.name == "target_cost":
         return best_below(wish.bound)
-    return cheapest_above(reward[:, -1].mean().item() - wish.bound)
+    return cheapest_above(reward_to_match(table, wish).mean().item() - wish.bound)
 
 
 def best_below(cost_limit: float) -> Objective:

@@ -73,7 +73,7 @@ class OnnxConfig:
         self.has_branch = stages.has_branch
         # A stage is one graph, with its branch: nothing is saved where no row may leave.
         self.exit_branch_costs = [0.0] * len(stages.costs)
-        self._names = tuple(values)
+        self._names = (*values, *(name for name in OnnxConfig.__annotations__ if name not in values))
 
     @property
     def num_labels(self) -> int:
@@ -86,7 +86,7 @@ class OnnxConfig:
 
     def to_json(self) -> str:
         """The content of `config.json`."""
-        own = {name: self.__dict__[name] for name in self._names}
+        own = {name: getattr(self, name) for name in self._names}
         return json.dumps(own, indent=2, sort_keys=True) + "\n"
 
 
@@ -223,6 +223,20 @@ class OnnxClassifierWithExits:
                 answers.put(order[[row.number for row in left]], said)
                 advance(len(left))
         return answers.output()
+
+    @property
+    def input_limits(self) -> dict[str, int]:
+        """How many values there are for each input that is looked up in a table: tokens, segments."""
+        return self.config.limits
+
+    @property
+    def certainty_ranges(self) -> list[list[float]]:
+        """Least and largest certainty of each exit's learned unit (`exit_criterion="learned"`)."""
+        return self.config.certainty_ranges or []
+
+    def set_certainty_ranges(self, ranges: Sequence[Sequence[float]]) -> None:
+        """Sets them, one for each exit."""
+        self.config.certainty_ranges = [list(each) for each in ranges]
 
     def staged(
         self, exit_thresholds: list[float | None] | float | None = None, exit_at: int | None = None

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..modeling.inputs import input_limits
 from ..modeling.switch import replaced_files
 from .folder import CONFIG_FILE, QUANTIZATIONS, STAGES_FILE, TOKENIZER_FILE, Stage, Stages, graph_file, is_graph
 from .onnx_graphs import StageGraphs, needed
@@ -147,7 +146,7 @@ def _batch(model: Any, rows: int, length: int) -> dict[str, torch.Tensor]:
     """Random tokens; every second row has padding."""
     length = min(length, _longest(model.config))
     generator = torch.Generator().manual_seed(rows)
-    limits = input_limits(model._backbone_configs)
+    limits = model.input_limits
     lengths = torch.where(torch.arange(rows) % 2 == 1, max(1, length // 2), length)
     mask = (torch.arange(length) < lengths.unsqueeze(1)).long()
     tokens = torch.randint(limits["input_ids"], (rows, length), generator=generator)
@@ -194,13 +193,13 @@ def _check_close(name: str, index: int, found: np.ndarray, expected: np.ndarray)
 
 
 def _described(model: Any, stages: list[Stage], quantize: str | None, opset: int) -> Stages:
-    units = [head.certainty for head in getattr(model, "exits", []) if head.certainty is not None]
+    ranges = [] if model.config.model_type == "cascade" else model.certainty_ranges
     return Stages(
         stages=stages,
         costs=list(model.config.exit_costs),
         has_branch=[cost > 0 for cost in model.config.exit_branch_costs],
-        limits=input_limits(model._backbone_configs),
-        certainty_ranges=[[unit.least.item(), unit.largest.item()] for unit in units] or None,
+        limits=model.input_limits,
+        certainty_ranges=[list(each) for each in ranges] or None,
         quantize=quantize,
         opset=opset,
     )

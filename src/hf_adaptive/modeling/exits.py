@@ -145,6 +145,19 @@ class ExitsMixin(
             )
 
     @property
+    def certainty_ranges(self) -> list[tuple[float, float]]:
+        """Least and largest certainty of each exit's learned unit (`exit_criterion="learned"`)."""
+        units = [cast(ExitHead, head).certainty for head in self.exits]
+        return [(unit.least.item(), unit.largest.item()) for unit in units if unit is not None]
+
+    def set_certainty_ranges(self, ranges: Sequence[tuple[float, float]]) -> None:
+        """Sets them, one for each exit."""
+        for head, (least, largest) in zip(self.exits, ranges):
+            unit = cast(CertaintyUnit, cast(ExitHead, head).certainty)
+            unit.least.fill_(least)
+            unit.largest.fill_(largest)
+
+    @property
     def _stages(self) -> tuple[int, ...]:
         """Where rows can wait for others, in layers run."""
         return tuple(self.config.exit_layers[:-1])

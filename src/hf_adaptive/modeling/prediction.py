@@ -142,8 +142,13 @@ class PredictsDatasets(ModelBase):
             raise ValueError("stages need the evaluation mode: call model.eval() first.")
         self.config.check_before_use()
         padding = {**dict.fromkeys(INPUT_NAMES, 0), "input_ids": self.config.pad_token_id or 0}
-        limits = input_limits(self._backbone_configs)
+        limits = self.input_limits
         return TorchStages(self, self._policy(exit_thresholds, exit_at), padding, limits, self._unmarked_padding)
+
+    @property
+    def input_limits(self) -> dict[str, int]:
+        """How many values there are for each input that is looked up in a table: tokens, segments."""
+        return input_limits(self._backbone_configs)
 
     @property
     def _backbone_configs(self) -> list[Any]:
