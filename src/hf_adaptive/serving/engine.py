@@ -5,7 +5,7 @@ import itertools
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from typing import Any
@@ -406,16 +406,9 @@ class ExitsEngine:
 
     def _use(self, model: Any, tokenizer: Any) -> None:
         staged = _staged(model, self._decisions)
-        scheduler = StageScheduler(
-            staged.stages,
-            self.max_batch_size,
-            staged.start_cost,
-            self.max_wait,
-            max_tokens=_COST_OF_STARTS * staged.start_cost,
-        )
         self.model, self.tokenizer = model, tokenizer
         self._exit_layers = list(model.config.exit_layers)
-        self._flow: StagedFlow[Any, Any] = StagedFlow(staged, scheduler, time.monotonic)
+        self._flow = make_flow(staged, self.max_batch_size, self.max_wait, time.monotonic)
         self._reader = Reader(staged, tokenizer, getattr(model.config, "max_position_embeddings", None))
         self.monitor = Monitor(model.config, self._decisions, **self._watch)
 
@@ -443,6 +436,20 @@ class ExitsEngine:
         if decisions is not None:
             self._flow.model = self.model.staged(**decisions)
         return True
+
+
+def make_flow(staged: Any, max_batch_size: int, max_wait: float, clock: Callable[[], float]) -> StagedFlow[Any, Any]:
+    """A model's stages with the scheduler of an engine.
+
+    Args:
+        staged (`StagedModel`): The model.
+        max_batch_size (`int`): Rows of a batch at most.
+        max_wait (`float`): Seconds for which a row waits for others at most.
+        clock (`Callable[[], float]`): The time in seconds.
+    """
+    tokens = _COST_OF_STARTS * staged.start_cost
+    scheduler = StageScheduler(staged.stages, max_batch_size, staged.start_cost, max_wait, max_tokens=tokens)
+    return StagedFlow(staged, scheduler, clock)
 
 
 def _staged(model: Any, decisions: dict[str, Any]) -> Any:

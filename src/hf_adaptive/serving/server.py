@@ -144,7 +144,7 @@ def make_app(service: Service) -> FastAPI:
     @app.post("/", include_in_schema=False)
     async def classify(request: Request) -> Response:
         """Labels for a text, a pair, or a list of them, in the shape of Hugging Face's inference API."""
-        return await _answered(request, service)
+        return await answer_request(request, service)
 
     @app.get("/health")
     async def health() -> Response:
@@ -165,7 +165,9 @@ def make_app(service: Service) -> FastAPI:
     return app
 
 
-async def _answered(request: Request, service: Service) -> Response:
+async def answer_request(request: Request, service: Service) -> Response:
+    """The response to `POST /classify`, whatever the body; other servers of Starlette's requests use it, too."""
+    request.state.id = _request_id(request)
     try:
         question = read_question(await _body(request, service.limits), service.limits)
         return JSONResponse(await _unless_gone(request, service.classify(question)))
