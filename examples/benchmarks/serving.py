@@ -182,7 +182,8 @@ class Nothing:
 
         exit_layers = [1]  # noqa: RUF012
         exit_criterion, exit_tolerance, exit_thresholds = "confidence", None, None
-        problem_type, num_labels, calibration_in_force = "single_label_classification", 2, None
+        problem_type, num_labels = "single_label_classification", 2
+        exit_temperatures = exit_calibration = None
 
     def staged(self, **decisions: Any) -> "Nothing":
         """Itself."""

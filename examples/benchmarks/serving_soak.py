@@ -4,9 +4,9 @@
     python examples/benchmarks/serving_soak.py --requests 5000
 
 Of the requests 1 % are malformed, 1 % are given up by their client, and 1 % come from clients that send and read
-slowly. The server is `python -m hf_adaptive.serving` in a process of its own, with a small BERT of random weights; each
-answer is compared with the model's own. Prints counts and the memory of the server over time, and exits 1 if anything
-was lost or wrong.
+slowly. The server is `python -m hf_adaptive.serving` in a process of its own, with a small BERT of random weights;
+every answer is compared with the model's own. Prints counts and the memory of the server over time, and exits 1 if
+anything was lost or wrong.
 """
 
 import asyncio

@@ -293,3 +293,24 @@ def test_statistics():
 def test_futures_are_concurrent_futures():
     with ExitsEngine(MODELS["bert"]) as engine:
         assert isinstance(engine.submit(rows([3])[0]), Future)
+
+
+def test_an_exported_classifier(tmp_path):
+    pytest.importorskip("onnxruntime")
+    model = MODELS["bert"]
+    pytest.importorskip("onnxscript")
+    onnx = export(model, tmp_path / "onnx")
+    examples = rows(range(2, 14))
+    with ExitsEngine(onnx, max_batch_size=4, exit_thresholds=0.5, audit_share=1.0) as engine:
+        futures = [engine.submit(row) for row in examples]
+    for row, future in zip(examples, futures):
+        if not is_close_to_a_threshold(model, row, [0.5, 0.5]):
+            check(future.result(0), alone(model, row, 0.5))
+    assert engine.statistics().answered == len(examples)
+
+
+def export(model, folder):
+    from hf_adaptive.deployment import OnnxClassifierWithExits, export_onnx
+
+    export_onnx(model, folder)
+    return OnnxClassifierWithExits.from_pretrained(folder, threads=1)

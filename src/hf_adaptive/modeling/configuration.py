@@ -9,7 +9,7 @@ from typing import Any
 from .bases import ConfigBase
 from .checks import check_choice, check_count, is_number, is_whole_number
 from .criteria import CRITERIA, ThresholdPolicy, checked_thresholds
-from .exit_profile import check_profile
+from .exit_profile import calibration_in_force, check_profile
 from .head_choice import check_constant_heads
 from .heads import POOLINGS
 from .routing import SHARES
@@ -141,9 +141,7 @@ class DecisionsConfigMixin(ReadsWhole):
     @property
     def calibration_in_force(self) -> dict[str, Any] | None:
         """`exit_calibration`, if the thresholds and temperatures are still those that it speaks of."""
-        record = self.exit_calibration
-        stored = (self.exit_thresholds, self.exit_temperatures)
-        return None if record is None or (record["thresholds"], record["temperatures"]) != stored else record
+        return calibration_in_force(self)
 
     def _check_list(self, name: str, allowed: str, is_allowed: Any) -> None:
         values = getattr(self, name)

@@ -54,6 +54,13 @@ def _levels(evidence: Evidence, name: str) -> np.ndarray:
     return DOUBTS - 1 - np.floor(_CELLS_A_POWER * powers).astype(np.int64)
 
 
+def calibration_in_force(config: Any) -> dict[str, Any] | None:
+    """`exit_calibration`, if the thresholds and temperatures are still those that it speaks of."""
+    record = config.exit_calibration
+    stored = (config.exit_thresholds, config.exit_temperatures)
+    return None if record is None or (record["thresholds"], record["temperatures"]) != stored else record
+
+
 def exit_shares(counts: list[list[int]]) -> list[float]:
     """Share of the rows that took each exit."""
     rows = max(1, sum(map(sum, counts)))

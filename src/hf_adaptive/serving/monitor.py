@@ -10,7 +10,7 @@ import numpy as np
 from transformers.utils import logging
 
 from ..modeling.criteria import CRITERIA, problem_type
-from ..modeling.exit_profile import cells, exit_shares
+from ..modeling.exit_profile import calibration_in_force, cells, exit_shares
 from ..modeling.scheduling import RowAnswers
 from .requests import Request
 from .sequential import BoundTest, DriftTest, exact_interval
@@ -122,7 +122,7 @@ class Monitor:
         self._random = np.random.default_rng(seed)
         self._problem_type = problem_type(config)
         is_as_calibrated = all(value is None for value in decisions.values())
-        self._record = config.calibration_in_force if is_as_calibrated else None
+        self._record = calibration_in_force(config) if is_as_calibrated else None
         self._unordered: list[Audited] = []
         self._waiting: deque[Audited] = deque()
         self._counts = np.zeros(len(config.exit_layers), dtype=np.int64)
