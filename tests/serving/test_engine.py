@@ -310,7 +310,7 @@ def test_an_exported_classifier(tmp_path):
 
 
 def export(model, folder):
-    from hf_adaptive.deployment import OnnxClassifierWithExits, export_onnx
+    from hf_adaptive import OnnxClassifierWithExits, export_onnx
 
     export_onnx(model, folder)
     return OnnxClassifierWithExits.from_pretrained(folder, threads=1)
