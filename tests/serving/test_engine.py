@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+import weakref
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 
 import numpy as np
@@ -314,3 +315,18 @@ def export(model, folder):
 
     export_onnx(model, folder)
     return OnnxClassifierWithExits.from_pretrained(folder, threads=1)
+
+
+def test_answered_rows_are_not_kept_until_their_deadline():
+    with ExitsEngine(MODELS["bert"], exit_thresholds=0.5, audit_share=0) as engine:
+        futures = [engine.submit(row, timeout_ms=600_000) for row in rows([5] * 1500)]
+        for future in futures:
+            future.result(20)
+        # One more request for the worker to look at what it keeps.
+        engine.submit(rows([5])[0]).result(20)
+        kept = [weakref.ref(future) for future in futures]
+        del future, futures
+        wait = time.monotonic() + 10
+        while sum(one() is not None for one in kept) > 700 and time.monotonic() < wait:
+            time.sleep(0.02)
+        assert sum(one() is not None for one in kept) <= 700

@@ -25,6 +25,8 @@ from .examples import TokenisedExamples
 
 # From so many batches' worth of waiting rows batches of similar length are made.
 WINDOW_BATCHES = 4
+# Entries of rows that wait no longer which are not worth being looked for.
+_FEW = 256
 
 Batch = TypeVar("Batch")
 Answers = TypeVar("Answers")
@@ -172,6 +174,10 @@ class StageScheduler:
             self._tokens[stage] += row.length
             if row.deadline < math.inf:
                 heapq.heappush(self._hurried, (row.deadline - self.max_wait, row.number, row))
+        if len(self._hurried) > 2 * len(self) + _FEW:
+            # Most are run long before their deadline: they are not kept until then.
+            self._hurried = [entry for entry in self._hurried if self._waits(entry[2])]
+            heapq.heapify(self._hurried)
 
     def take(self, rows: Iterable[WaitingRow]) -> None:
         """These rows wait no longer: they are run, or nobody wants to know any more."""

@@ -1,6 +1,7 @@
 """The rows of many requests through one model, stage by stage."""
 
 import asyncio
+import heapq
 import itertools
 import queue
 import threading
@@ -25,6 +26,8 @@ logger = logging.get_logger(__name__)
 _COST_OF_STARTS = 16
 # Rows that are read at a time, so that one long row does not pad thousands.
 _READ_AT_ONCE = 128
+# Answered rows which are not worth being taken off the list of deadlines.
+_FEW = 256
 
 
 @dataclass
@@ -109,7 +112,7 @@ class ExitsEngine:
         self._arrivals: queue.SimpleQueue[Request | _Reload | _Wake] = queue.SimpleQueue()
         self._held: dict[int, Request] = {}
         self._admitted: dict[int, Request] = {}  # the worker's, in the order in which they came
-        self._deadlines: list[Request] = []
+        self._deadlines: list[tuple[float, int, Request]] = []  # a heap
         self._admission = threading.Lock()
         self._is_closing = False
         self._cause: BaseException | None = None
@@ -297,7 +300,13 @@ class ExitsEngine:
         self._read(requests)
 
     def _read(self, requests: list[Request]) -> None:
-        self._deadlines += [request for request in requests if request.deadline < float("inf")]
+        for request in requests:
+            if request.deadline < float("inf"):
+                heapq.heappush(self._deadlines, (request.deadline, request.number, request))
+        if len(self._deadlines) > 2 * len(self._held) + _FEW:
+            # Most are answered long before their deadline: they are not kept until then.
+            self._deadlines = [entry for entry in self._deadlines if not entry[2].future.done()]
+            heapq.heapify(self._deadlines)
         wanted = [request for request in requests if not self._is_gone(request)]
         self._admitted |= {request.number: request for request in wanted}
         for group in self._reader.groups(wanted):
@@ -392,15 +401,14 @@ class ExitsEngine:
 
     def _give_up_late(self) -> None:
         now = time.monotonic()
-        if self._next_deadline() > now:
-            return
-        for request in self._deadlines:
-            if request.deadline <= now and not request.future.done():
-                self._fail(request, DeadlineExceededError("the answer was not ready in time (timeout_ms)."))
-        self._deadlines = [one for one in self._deadlines if one.deadline > now and not one.future.done()]
+        while self._next_deadline() <= now:
+            request = heapq.heappop(self._deadlines)[2]
+            self._fail(request, DeadlineExceededError("the answer was not ready in time (timeout_ms)."))
 
     def _next_deadline(self) -> float:
-        return min((request.deadline for request in self._deadlines), default=float("inf"))
+        while self._deadlines and self._deadlines[0][2].future.done():
+            heapq.heappop(self._deadlines)
+        return self._deadlines[0][0] if self._deadlines else float("inf")
 
     # Models
 
