@@ -131,7 +131,9 @@ class ExitTable:
     def select(self, examples: Tensor) -> ExitTable:
         """The rows with these indexes `(k,)`, in this order."""
         names = ("scores", "agrees", "correct", "reference_correct")
-        rows = {name: None if getattr(self, name) is None else getattr(self, name)[examples] for name in names}
+        rows: dict[str, Any] = {
+            name: None if getattr(self, name) is None else getattr(self, name)[examples] for name in names
+        }
         return replace(self, **rows)
 
     def measure(self, thresholds: Sequence[float | None]) -> OperatingPoint:
