@@ -20,7 +20,10 @@ VERIFIED = """
 Every row passes the same tests on tiny random models (`tests/modeling/test_architectures*.py`), among them: all
 weights of a stock checkpoint load and the last exit answers as the stock classifier; a row of a padded batch has the
 same answer and exit as alone; gradients, hidden states and attentions are the stock ones, and under SWEET no gradient
-crosses an exit; saving, loading, and loading where this package is not installed.
+crosses an exit; saving, loading, and loading where this package is not installed. Where constant attention is named
+(`tests/modeling/test_constant_heads*.py`): with all heads constant, and constants of one input, the answer to that
+input is the stock model's; with some heads constant it is that of the stock model with these matrices replaced; the
+same with exits, as `Papa…` models, ranked (`rank_heads`), compiled, pickled, saved and loaded.
 """
 
 NAMES = tuple(sorted(hf_adaptive.ARCHITECTURES))
@@ -121,8 +124,8 @@ def model(name: str, **changed: Any):
 def table() -> str:
     """The README's table of architectures, made from the registry."""
     lines = [
-        "| `model_type` | Class | Layers | Head | Pooling | Rows tested with padding |",
-        "|---|---|---|---|---|---|",
+        "| `model_type` | Class | Layers | Head | Pooling | Rows tested with padding | Constant attention |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name in NAMES:
         own = hf_adaptive.ARCHITECTURES[name]
@@ -130,8 +133,22 @@ def table() -> str:
         pooling = f"`{own.pooling}`" if isinstance(own.pooling, str) else "of `classifier_pooling`"
         layers = f"`{own.layers}`, one shared module" if own.shares_layers else f"`{own.layers}`"
         padding = "right, left" if name in DECODERS else "right"
-        lines.append(f"| `{name}` | `{own.classifier_name}` | {layers} | {head} | {pooling} | {padding} |")
+        cells = (f"`{name}`", f"`{own.classifier_name}`", layers, head, pooling, padding, _constant_attention(own))
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _constant_attention(own: hf_adaptive.Architecture) -> str:
+    """What was verified of constant heads: with which attention, and what is particular."""
+    if own.attention is None:
+        return "–"
+    particular = {
+        "windows": own.attention.window is not None,
+        "causal": own.attention.is_causal,
+        "a layer each instead of one shared": own.shares_layers,
+    }
+    kinds = ("eager", "sdpa") if own.stock("Model")._supports_sdpa else ("eager",)
+    return ", ".join((*kinds, *(what for what, holds in particular.items() if holds)))
 
 
 def section() -> str:
