@@ -194,10 +194,16 @@ def test_wrong_architecture_names_both(folders):
 
 
 def test_unsupported_architecture_lists_the_supported(tmp_path):
-    for model_type in ("t5", None):
-        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type} if model_type else {}))
+    for content in ({"model_type": "t5"}, {"hidden_size": 16}):
+        (tmp_path / "config.json").write_text(json.dumps(content))
         with pytest.raises(ValueError, match=r"cannot have exits; supported are .*bert.*mpnet.*roberta"):
             WithExits.from_pretrained(tmp_path)
+
+
+def test_a_configuration_without_content_is_none(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(OSError, match="has no config.json, or one without content"):
+        WithExits.from_pretrained(tmp_path)
 
 
 def test_no_such_checkpoint(tmp_path):
