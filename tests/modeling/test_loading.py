@@ -202,7 +202,7 @@ def test_unsupported_architecture_lists_the_supported(tmp_path):
 
 def test_a_configuration_without_content_is_none(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(OSError, match="has no config.json, or one without content"):
+    with pytest.raises(OSError, match=r"has no config\.json, or one without content"):
         WithExits.from_pretrained(tmp_path)
 
 
