@@ -16,9 +16,10 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # What depends on transformers most, with the lowest versions that pyproject.toml allows (but for torch and the extras).
+# README's table is left out: which attentions stock has depends on the version, and the newest is described.
 test-lowest:
 	$(MAKE) VENV=.venv-lowest .venv-lowest/.lowest
-	.venv-lowest/bin/python -m pytest -n 2 --dist loadfile -k "not compiled" \
+	.venv-lowest/bin/python -m pytest -n 2 --dist loadfile -k "not compiled and not table_in_the_readme" \
 		tests/modeling/test_architectures.py tests/modeling/test_architectures_loading.py \
 		tests/modeling/test_golden_sweet.py tests/training/test_trainer.py
 
