@@ -1,48 +1,56 @@
 """The study of examples/run_papa.py, on a tiny model."""
 
-import importlib.util
+import importlib
 import json
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from datasets import Dataset
 
 from tests import tiny
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "run_papa.py"
-OUTPUTS = {"results.json", "table.md", "scores.png", "attention_weights.png", "constants.png"}
+EXAMPLES = Path(__file__).parents[2] / "examples"
+FIGURES = {"scores.svg", "heads-model.png", "constants-model.png"}
 
 
 @pytest.fixture(scope="module")
 def study():
-    spec = importlib.util.spec_from_file_location("run_papa", EXAMPLE)
-    module = sys.modules["run_papa"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    sys.path.append(str(EXAMPLES))
+    yield importlib.import_module("run_papa")
+    sys.path.remove(str(EXAMPLES))
 
 
 @pytest.fixture
-def run(study, tmp_path, monkeypatch):
-    """Runs the study on a tiny checkpoint and a few random sentences; returns its results."""
+def folder(tmp_path, monkeypatch):
+    """A tiny checkpoint, and three tasks of random sentences."""
     tiny.plain_model("bert", "Model").save_pretrained(tmp_path / "model")
     tiny.tokenizer().save_pretrained(tmp_path / "model")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    for task in ("texts", "words", "pairs"):
+        (tmp_path / task).mkdir()
+        for split, count in (("train", 60), ("test", 20)):
+            rows(task, count, len(split)).to_parquet(tmp_path / task / f"{split}.parquet")
+    return tmp_path
 
-    def run(task="sequence", **flags):
-        for name, seed in (("train", 0), ("validation", 1)):
-            rows(task, seed).to_parquet(tmp_path / f"{task}-{name}.parquet")
+
+@pytest.fixture
+def run(study, folder, monkeypatch):
+    """Runs the study; returns its results."""
+
+    def run(*tasks, **flags):
         flags = {
-            "model": tmp_path / "model",
-            "output_dir": tmp_path / "out",
-            "train_file": tmp_path / f"{task}-train.parquet",
-            "validation_file": tmp_path / f"{task}-validation.parquet",
-            "task": task,
-            "max_length": 10,
+            "models": (folder / "model",),
+            "output_dir": folder / "out",
+            "tasks": tuple(f"{task}={folder / task},length=14" for task in tasks),
             "seeds": (0, 1),
             "fractions": (0, 0.5, 1),
             "epochs": 1,
+            "ranking_epochs": 1,
+            "exits_epochs": 1,
+            "timed_examples": 4,
             **flags,
         }
         words = [
@@ -52,64 +60,106 @@ def run(study, tmp_path, monkeypatch):
         ]
         monkeypatch.setattr(sys, "argv", ["run_papa.py", *words])
         study.main()
-        return json.loads((tmp_path / "out" / "results.json").read_text())
+        return json.loads((folder / "out" / "page" / "results.json").read_text())
 
     return run
 
 
-def rows(task, seed):
-    sentences = [sentence.split() for sentence in tiny.sentences(40, seed)]
-    if task == "token":
+def rows(task, count, seed):
+    sentences = [sentence.split() for sentence in tiny.sentences(count, seed)]
+    if task == "words":
         return Dataset.from_dict(
             {"tokens": sentences, "label": [[len(word) % 3 for word in words] for words in sentences]}
         )
-    return Dataset.from_dict(
-        {"text": [" ".join(words) for words in sentences], "label": [len(words) % 3 for words in sentences]}
-    )
+    texts = [" ".join(words) for words in sentences]
+    labels = [len(words) % 3 for words in sentences]
+    if task == "pairs":
+        return Dataset.from_dict({"sentence1": texts, "sentence2": texts[::-1], "label": labels})
+    return Dataset.from_dict({"text": texts, "label": labels})
 
 
 @pytest.mark.parametrize("fixed_positions", [False, True])
-@pytest.mark.parametrize("task", ["sequence", "token"])
-def test_one_command_gives_table_pictures_and_results(run, tmp_path, task, fixed_positions):
-    results = run(task, fixed_positions=fixed_positions, max_length=14)
-    assert {file.name for file in (tmp_path / "out").iterdir()} >= OUTPUTS
-    assert [(row["fraction"], row["heads"], len(row["scores"])) for row in results["summary"]] == [
-        (0, 0, 2),
-        (0.5, 4, 2),
-        (1, 8, 2),
-    ]
-    parameters = [row["parameters"] for row in results["summary"]]
-    assert parameters == sorted(parameters, reverse=True)
-    baseline, half, _ = results["summary"]
-    assert half["relative_drop"] == pytest.approx(1 - half["mean"] / baseline["mean"])
-    assert "| 8 (100 %) |" in (tmp_path / "out" / "table.md").read_text()
-    written = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
-    assert not [file for file in written if str(tmp_path).encode() in file.read_bytes()]
+def test_one_command_gives_a_page_on_all_tasks(run, folder, fixed_positions):
+    results = run("texts", "words", "pairs", fixed_positions=fixed_positions)
+    page = folder / "out" / "page"
+    assert {file.name for file in page.iterdir()} >= {"results.md", "results.json", *FIGURES}
+    parts = {part["task"]: part for part in results["parts"]}
+    assert {task: part["metric"] for task, part in parts.items()} == {
+        "texts": "accuracy",
+        "words": "token accuracy",
+        "pairs": "accuracy",
+    }
+    for part in parts.values():
+        assert [(row["fraction"], row["constant_heads"], list(row["by_seed"])) for row in part["scores"]] == [
+            (0, 0, ["0", "1"]),
+            (0.5, 4, ["0", "1"]),
+            (1, 8, ["0", "1"]),
+        ]
+        parameters = [row["parameters"] for row in part["scores"]]
+        assert parameters == sorted(parameters, reverse=True)
+    words = (page / "results.md").read_text()
+    assert "| score | most frequent label | no head constant | 50 % | all |" in words
+    written = [file for file in folder.joinpath("out").rglob("*") if file.is_file()]
+    assert not [file for file in written if str(folder).encode() in file.read_bytes()]
 
 
-def test_a_stopped_study_goes_on_without_repeating_steps(run, study, tmp_path, monkeypatch):
-    whole = run()
-    for file in [*OUTPUTS, "runs/constant-1.0000-seed-1.json"]:
-        (tmp_path / "out" / file).unlink()
+def test_stored_states_give_the_answers_of_the_whole_model(study, folder, monkeypatch):
+    """The probe is trained and scored on what the frozen backbone gave once."""
+    parts = importlib.import_module("papa_study_parts")
+    task = parts.Task.parse(f"texts={folder / 'texts'},length=14")
+    part = parts.Part(str(folder / "model"), task, study.StudyArguments(tasks=[], output_dir=str(folder / "out")))
+    model = part.papa_model(1, 0).eval()
+    stored = parts.collate_states(part._stored_states(model, "test"))
+    expected = torch.cat([model(**batch).logits for batch in part.batches("test")])
+    setattr(model, model.base_model_prefix, parts.StoredStates(1 + model.config.num_hidden_layers))
+    torch.testing.assert_close(model(**stored).logits, expected, atol=5e-3, rtol=0)
+
+
+def test_a_stopped_study_goes_on_without_repeating_steps(run, folder, monkeypatch):
+    whole = run("texts")
+    (folder / "out" / "page" / "results.json").unlink()
+    next(folder.joinpath("out").rglob("constant-1.0000-seed-1.json")).unlink()
     trained = []
-    train = study.Trainer.train
-    monkeypatch.setattr(study.Trainer, "train", lambda self: (trained.append(1), train(self)))
-    again = run()
+    train = transformers.Trainer.train
+    monkeypatch.setattr(transformers.Trainer, "train", lambda self: (trained.append(1), train(self)))
+    again = run("texts")
     assert len(trained) == 1
-    assert [row["scores"] for row in again["summary"]] == [row["scores"] for row in whole["summary"]]
-    assert again["head_ranking"] == whole["head_ranking"]
+    assert again == whole
 
 
-def test_more_seeds_may_be_added_but_other_settings_are_refused(run):
-    run(fractions=(0,), seeds=(0,))
-    assert len(run(fractions=(0, 1), seeds=(0,))["runs"]) == 2
+def test_more_may_be_added_but_other_settings_are_refused(run):
+    run("texts", fractions=(0,), seeds=(0,))
+    (part,) = run("texts", fractions=(0, 1), seeds=(0,))["parts"]
+    assert [row["fraction"] for row in part["scores"]] == [0, 1]
     with pytest.raises(ValueError, match="other settings: epochs=1"):
-        run(epochs=2)
+        run("texts", epochs=2)
 
 
-def test_bad_files_and_models_are_named(run, tmp_path):
-    with pytest.raises(ValueError, match=r"must end in one of \.parquet"):
-        run(train_file=tmp_path / "train.txt")
-    transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8).save_pretrained(tmp_path / "model")
+def test_constant_heads_and_exits_alone_and_together_with_their_time(run, folder):
+    flags = {"exits_on": ("model/texts",), "seeds": (0,)}
+    (part,) = run("texts", **flags)["parts"]
+    methods = {one["method"]: one for one in part["exits"]}
+    assert set(methods) == {"neither", "constant heads", "exits", "both"}
+    assert methods["neither"]["exit_layers"] == methods["constant heads"]["exit_layers"] == [4]
+    assert methods["both"]["exit_layers"] == methods["exits"]["exit_layers"] != [4]
+    assert all(0 < one["cost"] <= 1 for one in methods.values())
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        folder / "out/parts/model/texts/checkpoints/both"
+    )
+    assert len(model.config.constant_heads) == 4
+    timing = run("texts", **flags, measure_time=True)["timing"]["parts"]["model/texts"]
+    assert set(timing["heads"]) == {"stock", "0.5000", "1.0000"}
+    assert timing["exits"]["neither"]["ratio"] == 1
+    assert all(one["ratio"] > 0 for one in timing["exits"].values())
+
+
+def test_bad_tasks_and_models_are_named(run, folder):
+    with pytest.raises(ValueError, match=r"a task must be name=folder.*got 'texts'"):
+        run(tasks=("texts",))
+    with pytest.raises(ValueError, match=r"exits_on names \['model/words'\], but the parts are model/texts"):
+        run("texts", exits_on=("model/words",))
+    with pytest.raises(ValueError, match=r"must have one file train that ends in one of \.parquet"):
+        run(tasks=(f"texts={folder}",), output_dir=folder / "another")
+    transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8).save_pretrained(folder / "model")
     with pytest.raises(ValueError, match=r"'gpt2' has no PAPA model ForSequenceClassification; supported are albert"):
-        run(output_dir=tmp_path / "other")
+        run("texts", output_dir=folder / "other")

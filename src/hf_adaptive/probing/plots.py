@@ -1,83 +1,71 @@
 """Pictures of a PAPA study (compare figure 2 of arXiv 2211.03495)."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import matplotlib
 import torch
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.patches import Rectangle
 
 from ..files import write_whole
 from .averages import MeanAttention
 from .ranking import HeadRanking
 
-# The drop with all heads constant that the paper reports, on average over its models and tasks (abstract).
-_PAPERS_DROP = 0.08
 # Positions that fewer examples than this share of the most frequent one reach are left out of pictures.
 _LEAST_SHARE = 0.05
 
 
-def plot_scores(
-    fractions: Sequence[float],
-    scores: Sequence[Sequence[float]],
-    metric: str,
-    path: str | os.PathLike,
-) -> None:
-    """Score by share of constant heads, the mean over seeds and every run as a dot, beside the papers' drop.
+def plot_head_ranks(rankings: HeadRanking | Mapping[str, HeadRanking], path: str | os.PathLike) -> None:
+    """Heat maps, layers × heads: in which order heads can be made constant, one map for each ranking.
+
+    A cell has the head's place in the order (1: needs attention least) and the colour of that place, so that maps can
+    be compared: dark cells are the first to be constant. The half that needs attention least is framed; beside each
+    layer stands how many of its heads are in that half.
 
     Args:
-        fractions (`list[float]`): Shares of constant heads, ascending.
-        scores (`list[list[float]]`): For every share, the score of each seed.
-        metric (`str`): Name of the score.
+        rankings (`HeadRanking` or `Mapping[str, HeadRanking]`): From `rank_heads`; several by title, all of one shape.
         path (`str` or `os.PathLike`): Of the PNG, written whole or not at all.
     """
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    means = [sum(row) / len(row) for row in scores]
-    axes.plot([100 * fraction for fraction in fractions], means, marker="o", color="tab:blue", label="mean over seeds")
-    for fraction, row in zip(fractions, scores):
-        axes.plot([100 * fraction] * len(row), row, linestyle="", marker=".", color="tab:orange")
-    axes.plot([], [], linestyle="", marker=".", color="tab:orange", label="one seed")
-    if fractions[0] == 0:
-        axes.axhline(means[0], color="gray", linestyle=":", label="no constant heads")
-        axes.axhline(
-            (1 - _PAPERS_DROP) * means[0], color="gray", linestyle="--", label="8 % below: all constant in the paper"
-        )
-    axes.set_xlabel("constant heads, % of all")
-    axes.set_ylabel(metric)
-    axes.margins(y=0.15)
-    axes.grid(alpha=0.3)
-    axes.legend()
+    titled = {"": rankings} if isinstance(rankings, HeadRanking) else dict(rankings)
+    layers, heads = next(iter(titled.values())).attention_weights.shape
+    figure = Figure(figsize=(0.8 + len(titled) * (0.9 + 0.36 * heads), 1.6 + 0.34 * layers), layout="constrained")
+    panels = figure.subplots(1, len(titled), squeeze=False)[0]
+    for axes, (title, ranking) in zip(panels, titled.items()):
+        image = _draw_ranks(axes, ranking)
+        axes.set_title(title, fontsize=11)
+    panels[0].set_ylabel("layer (from 0)")
+    bar = figure.colorbar(image, ax=list(panels), shrink=0.8, aspect=30)
+    bar.set_label("place in the order: first → last to be constant")
     _save(figure, path)
 
 
-def plot_attention_weights(ranking: HeadRanking, path: str | os.PathLike) -> None:
-    """Heat map, layers × heads, of the share of attention that every head keeps.
-
-    Args:
-        ranking (`HeadRanking`): From `rank_heads`.
-        path (`str` or `os.PathLike`): Of the PNG, written whole or not at all.
-    """
-    weights = ranking.attention_weights
-    layers, heads = weights.shape
-    figure = Figure(figsize=(2 + 0.55 * heads, 1.5 + 0.5 * layers), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(weights, cmap="cividis", aspect="auto", origin="lower")
-    middle = (weights.min() + weights.max()) / 2
+def _draw_ranks(axes: Axes, ranking: HeadRanking) -> AxesImage:
+    order = ranking.order
+    layers, heads = ranking.attention_weights.shape
+    places = torch.zeros(layers, heads)
+    for place, (layer, head) in enumerate(order, start=1):
+        places[layer, head] = place
+    image = axes.imshow(places, cmap="cividis", aspect="auto", origin="lower", vmin=1, vmax=len(order))
+    half = len(order) // 2
+    for layer, head in order:
+        place = int(places[layer, head])
+        colour = "white" if place <= half else "black"
+        axes.text(head, layer, str(place), ha="center", va="center", color=colour, fontsize=8)
+        if place <= half:
+            frame = Rectangle((head - 0.46, layer - 0.46), 0.92, 0.92, fill=False, edgecolor="white", linewidth=1.2)
+            axes.add_patch(frame)
     for layer in range(layers):
-        for head in range(heads):
-            weight = weights[layer, head].item()
-            colour = "black" if weight > middle else "white"
-            axes.text(head, layer, f"{weight:.2f}", ha="center", va="center", color=colour, fontsize=8)
+        count = int((places[layer] <= half).sum())
+        axes.text(heads - 0.4, layer, f"{count}/{heads}", ha="left", va="center", fontsize=8)
     axes.set_xticks(range(heads))
     axes.set_yticks(range(layers))
     axes.set_xlabel("head (from 0)")
-    axes.set_ylabel("layer (from 0)")
-    axes.set_title("learned share of attention (0: all constant, 1: all attention)", fontsize=10)
-    figure.colorbar(image, ax=axes)
-    _save(figure, path)
+    return image
 
 
 def plot_constants(averages: MeanAttention, ranking: HeadRanking, path: str | os.PathLike, columns: int = 4) -> None:
