@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
 
 from hf_adaptive import CalibrationReport, ExitCalibrator
-from text_data import DataArguments, load_splits
+from text_data import DataArguments, load_splits, tokenised
 
 WISHES: list[dict[str, Any]] = [
     {"target_cost": 0.25},
@@ -77,15 +77,6 @@ def load(path: str) -> tuple[Any, Any]:
     """A checkpoint and its tokenizer."""
     model = AutoModelForSequenceClassification.from_pretrained(path, trust_remote_code=True)
     return model, AutoTokenizer.from_pretrained(path, trust_remote_code=True)
-
-
-def tokenised(splits: DatasetDict, tokenizer: Any, max_length: int) -> DatasetDict:
-    """Adds the encoder's inputs to every split."""
-
-    def encode(batch: dict) -> dict:
-        return tokenizer(batch["text"], batch.get("text_pair"), truncation=True, max_length=max_length)
-
-    return splits.map(encode, batched=True, desc="Tokenising")
 
 
 def chosen_wish(arguments: CalibrationArguments) -> dict[str, Any]:

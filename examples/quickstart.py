@@ -36,7 +36,7 @@ from hf_adaptive import (
     evaluate_exits,
 )
 from hf_adaptive.hub import model_card, write_model_card
-from text_data import DataArguments, encoder_path, load_splits
+from text_data import DataArguments, encoder_path, load_splits, tokenised
 
 PLOT_FILE = "exits.png"
 CLASSIFY = Path(__file__).parent / "classify.py"
@@ -164,15 +164,6 @@ def say(step: int, text: str) -> None:
 def points(share: float) -> str:
     """A share as points of a hundred."""
     return f"{100 * share:.3g}"
-
-
-def tokenised(splits: DatasetDict, tokenizer: Any, max_length: int) -> DatasetDict:
-    """Adds the encoder's inputs to every split."""
-
-    def encode(batch: dict) -> dict:
-        return tokenizer(batch["text"], batch.get("text_pair"), truncation=True, max_length=max_length)
-
-    return splits.map(encode, batched=True, desc="Tokenising")
 
 
 def model_with_exits(demo: Demo, wanted: ModelArguments) -> Any:

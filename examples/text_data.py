@@ -16,6 +16,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 
@@ -98,6 +99,15 @@ def load_splits(arguments: DataArguments) -> DatasetDict:
             for name, split in _with_classes(_with_standard_columns(splits, arguments)).items()
         }
     )
+
+
+def tokenised(splits: DatasetDict, tokenizer: Any, max_length: int) -> DatasetDict:
+    """Adds the encoder's inputs to every split."""
+
+    def encode(batch: dict) -> dict:
+        return tokenizer(batch["text"], batch.get("text_pair"), truncation=True, max_length=max_length)
+
+    return splits.map(encode, batched=True, desc="Tokenising")
 
 
 def _raw_splits(arguments: DataArguments) -> DatasetDict:

@@ -22,6 +22,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import hf_adaptive  # registers the classes, so that no code of the checkpoint is run
 from hf_adaptive import ExitReport
 from hf_adaptive.evaluation import CurvePoint
+from hf_adaptive.files import public_name
 
 REPORT_FILE = "exit_report.json"
 EXAMPLES = "A masterpiece: moving, funny and beautifully acted.\nIt has its moments, though they never add up."
@@ -135,11 +136,6 @@ def read_report(name: str) -> ExitReport | None:
     return ExitReport.from_json(path) if path.exists() else None
 
 
-def shown(name: str) -> str:
-    """The name of a checkpoint, without the folders that it lies in."""
-    return Path(name).name if Path(name).is_dir() else name
-
-
 def make_page(classifier: Classifier) -> gr.Blocks:
     """The page."""
 
@@ -150,7 +146,7 @@ def make_page(classifier: Classifier) -> gr.Blocks:
     layers = ", ".join(map(str, classifier.layers))
     with gr.Blocks(title="Early exits") as page:
         gr.Markdown(
-            f"# Early exits\n`{shown(classifier.name)}` answers after {layers} layers: easy texts leave early. "
+            f"# Early exits\n`{public_name(classifier.name)}` answers after {layers} layers: easy texts leave early. "
             "Move the slider and see which."
         )
         care = gr.Slider(0, 1, value=0.7, step=0.05, label="from fast (0) to careful (1)", elem_id="care")

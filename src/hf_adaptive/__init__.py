@@ -32,6 +32,6 @@ def __getattr__(name: str) -> Any:
             f"hf_adaptive.{name} needs torch and transformers ({_missing}): pip install torch transformers. Without "
             f"them there are {', '.join(_without_torch)}."
         )
-    from .with_torch import class_named
+    from .modeling.architectures import make_class
 
-    return class_named(name)
+    return make_class(name)

@@ -8,7 +8,7 @@ from .calibration import CalibrationReport, ExitCalibrator, calibrate_exits
 from .deployment.onnx_export import export_onnx
 from .evaluation import ExitReport, evaluate_exits
 from .hub import choose_card_to_upload
-from .modeling.architectures import ARCHITECTURES, Architecture, make_class, register_architecture
+from .modeling.architectures import ARCHITECTURES, Architecture, register_architecture
 from .modeling.cascade import CascadeConfig, CascadeForSequenceClassification
 from .modeling.exits import ExitsMixin
 from .modeling.heads import Head
@@ -34,11 +34,6 @@ if is_peft_available():
     from .training import adapters
 
     adapters.register()
-
-
-def class_named(name: str) -> type:
-    """The classes of every architecture: `BertWithExitsConfig`, `PapaBertForMaskedLM`, …"""
-    return make_class(name)
 
 
 __all__ = [

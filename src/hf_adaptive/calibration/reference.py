@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from ..modeling.checks import has_exits
+
 _SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
 
 
@@ -37,7 +39,7 @@ def check_reference(model: Any, reference: Any) -> None:
     Args:
         model, reference: As for [`run_all_exits`].
     """
-    if getattr(getattr(reference, "config", None), "exit_layers", None) is None:
+    if not has_exits(reference):
         raise ValueError(
             f"reference must be a classifier with exits or a cascade, in torch or exported, got a "
             f"{type(reference).__name__}. A plain model becomes one with exit_layers=[its number of layers]."

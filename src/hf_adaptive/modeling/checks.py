@@ -21,9 +21,14 @@ def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {shortened(value)}.")
 
 
+def has_exits(model: Any) -> bool:
+    """Whether it is a classifier with exits or a cascade, in torch or exported."""
+    return getattr(getattr(model, "config", None), "exit_layers", None) is not None
+
+
 def check_classifier(user: str, model: Any) -> None:
     """Raises `ValueError` unless a classifier with exits or a cascade, in torch or exported."""
-    if getattr(getattr(model, "config", None), "exit_layers", None) is None:
+    if not has_exits(model):
         raise ValueError(
             f"{user} needs a model with exits or a cascade, got a {type(model).__name__}. Load one with "
             "AutoModelForSequenceClassificationWithExits.from_pretrained(...)."
@@ -34,6 +39,12 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
     """Raises `ValueError` unless a whole number of at least so many."""
     if not is_whole_number(value) or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {shortened(value)}.")
+
+
+def check_at_least(name: str, value: Any, least: float) -> None:
+    """Raises `ValueError` unless a finite number of at least so much."""
+    if not is_number(value) or value < least:
+        raise ValueError(f"{name} must be a number of at least {least}, got {shortened(value)}.")
 
 
 def shortened(value: Any) -> str:

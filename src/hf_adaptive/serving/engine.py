@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
+from ..modeling.checks import check_at_least, check_choice, check_count
 from ..modeling.scheduling import RowAnswers, StagedFlow, StageScheduler
 from .errors import DeadlineExceededError, EngineBrokenError, EngineClosedError, EngineFullError, NotANumberError
 from .monitor import Monitor
@@ -90,10 +91,10 @@ class ExitsEngine:
         false_alarm_rate: float = 0.01,
         seed: int = 0,
     ):
-        _check_at_least("max_batch_size", max_batch_size, 1)
-        _check_at_least("max_wait_ms", max_wait_ms, 0)
-        _check_at_least("max_waiting", max_waiting, 1)
-        _check_choice("when_full", when_full, ("refuse", "block"))
+        check_count("max_batch_size", max_batch_size)
+        check_at_least("max_wait_ms", max_wait_ms, 0)
+        check_count("max_waiting", max_waiting)
+        check_choice("when_full", when_full, ("refuse", "block"))
         self.max_batch_size = max_batch_size
         self.max_wait = max_wait_ms / 1000
         self.max_waiting = max_waiting
@@ -467,13 +468,3 @@ def _staged(model: Any, decisions: dict[str, Any]) -> Any:
             "Load it with AutoModelForSequenceClassificationWithExits.from_pretrained(...)."
         )
     return model.staged(**decisions)
-
-
-def _check_at_least(name: str, value: float, least: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
-        raise ValueError(f"{name} must be a number of at least {least}, got {value!r}.")
-
-
-def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")

@@ -5,7 +5,6 @@ gradients' size. Exits that learn from the last one: FastBERT (Liu et al., ACL 2
 """
 
 import inspect
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..modeling.checks import is_number
 from ..modeling.labels import has_label, problem_type, problem_type_of
 
 logger = logging.get_logger(__name__)
@@ -56,9 +56,9 @@ class ExitDistillation:
     teacher: PreTrainedModel | str | None = None
 
     def __post_init__(self) -> None:
-        if not _is_finite(self.weight) or self.weight < 0:
+        if not is_number(self.weight) or self.weight < 0:
             raise ValueError(f"weight must be a finite number of at least 0, got {self.weight!r}.")
-        if not _is_finite(self.temperature) or self.temperature <= 0:
+        if not is_number(self.temperature) or self.temperature <= 0:
             raise ValueError(f"temperature must be a finite number above 0, got {self.temperature!r}.")
         if self.teacher is not None and not isinstance(self.teacher, (PreTrainedModel, str)):
             raise TypeError(
@@ -239,7 +239,3 @@ def add_teacher_logits(
 
 def _at_least_float32(scores: torch.Tensor) -> torch.Tensor:
     return scores.to(torch.promote_types(scores.dtype, torch.float32))
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
