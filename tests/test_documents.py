@@ -1,5 +1,6 @@
-"""The commands that the documents name are there, with their flags, and links inside the project lead somewhere."""
+"""What the documents show can be run: code, commands with their flags, and links inside the project."""
 
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -7,11 +8,56 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+import datasets
 import pytest
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+import hf_adaptive
+from tests import tiny
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "examples" / "README.md"]
+README = ROOT / "README.md"
+DOCUMENTS = [README, *sorted(ROOT.glob("examples/**/README.md"))]
+MOST_WORDS = 1400
+# A tiny encoder of as many layers stands for the one on the Hub.
+ENCODER, LAYERS = "google-bert/bert-base-uncased", 12
+# As many that a tenth of them suffices for the promise.
+ROWS = 5000
+
+
+@pytest.fixture
+def a_reader(tmp_path, monkeypatch):
+    """Someone in an empty folder, whose Hub holds a tiny encoder and a tiny data set, and who trains for two steps."""
+    monkeypatch.chdir(tmp_path)
+    plain = tiny.plain_model("bert", "Model", num_hidden_layers=LAYERS, num_labels=2)
+    for each in (plain, tiny.tokenizer()):
+        each.save_pretrained(ENCODER)
+    columns = {"sentence": tiny.sentences(ROWS), "label": tiny.labels(ROWS, num_labels=2).tolist()}
+    train = datasets.Dataset.from_dict(columns)
+    splits = datasets.DatasetDict(train=train, validation=train.select(range(50)))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: splits)
+    for shared in (PreTrainedModel, PreTrainedTokenizerBase):
+        monkeypatch.setattr(shared, "push_to_hub", lambda self, name: self.save_pretrained(name))
+    train_all = hf_adaptive.ExitsTrainer.train
+
+    def train_shortly(trainer):
+        trainer.args.max_steps = 2
+        return train_all(trainer)
+
+    monkeypatch.setattr(hf_adaptive.ExitsTrainer, "train", train_shortly)
+
+
+def test_the_code_of_the_readme_runs(a_reader):
+    known = {}
+    for code in blocks(README, "python"):
+        if "onnx" not in code or importlib.util.find_spec("onnxruntime"):
+            exec(compile(code, README.name, "exec"), known)
+    assert known["model"].config.exit_layers[-1] == LAYERS
+    assert len(known["classify"](["good film", "bad"])) == 2
+
+
+def test_the_readme_is_short():
+    assert len(README.read_text(encoding="utf-8").split()) <= MOST_WORDS
 
 
 def blocks(path, language):
@@ -42,7 +88,7 @@ def test_a_command_names_a_script_and_flags_that_are_there(words):
         assert not missing, f"{script.name} has no {missing}"
 
 
-@pytest.mark.parametrize("path", [*DOCUMENTS, ROOT / "CONTRIBUTING.md", ROOT / "model_cards" / "README.md"])
+@pytest.mark.parametrize("path", [*DOCUMENTS, ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("model_cards/**/*.md"))])
 def test_links_inside_the_project_lead_somewhere(path):
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8"))
     missing = [link for link in links if not (path.parent / link).exists()]

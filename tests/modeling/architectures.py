@@ -1,8 +1,8 @@
-"""Tiny random models of every architecture, and the README's table of them.
+"""Tiny random models of every architecture, and the tables of them in README.md and model_cards/architectures.md.
 
     python -m tests.modeling.architectures
 
-writes that table into README.md again after an entry was added or changed.
+writes those tables again after an entry was added or changed.
 """
 
 from pathlib import Path
@@ -13,18 +13,11 @@ import torch
 import hf_adaptive
 from tests import tiny
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
 MARKERS = "<!-- architectures -->", "<!-- /architectures -->"
-
-VERIFIED = """
-Every row passes the same tests on tiny random models (`tests/modeling/test_architectures*.py`), among them: all
-weights of a stock checkpoint load and the last exit answers as the stock classifier; a row of a padded batch has the
-same answer and exit as alone; gradients, hidden states and attentions are the stock ones, and under SWEET no gradient
-crosses an exit; saving, loading, and loading where this package is not installed. Where constant attention is named
-(`tests/modeling/test_constant_heads*.py`): with all heads constant, and constants of one input, the answer to that
-input is the stock model's; with some heads constant it is that of the stock model with these matrices replaced; the
-same with exits, as `Papa…` models, ranked (`rank_heads`), compiled, pickled, saved and loaded.
-"""
+# The table that is folded into the README, and the page with what is particular to each.
+PAGES = (ROOT / "README.md", ROOT / "model_cards" / "architectures.md")
+DOCUMENTATION = "https://huggingface.co/docs/transformers/model_doc"
 
 NAMES = tuple(sorted(hf_adaptive.ARCHITECTURES))
 DECODERS = tuple(name for name in NAMES if hf_adaptive.ARCHITECTURES[name].pooling == "last")
@@ -121,21 +114,34 @@ def model(name: str, **changed: Any):
     return own.eval()
 
 
-def table() -> str:
-    """The README's table of architectures, made from the registry."""
-    lines = [
-        "| `model_type` | Class | Layers | Head | Pooling | Rows tested with padding | Constant attention |",
-        "|---|---|---|---|---|---|---|",
-    ]
+def details() -> str:
+    """The page's table of architectures, made from the registry."""
+    heading = ("`model_type`", "Class", "Layers", "Head", "Pooling", "Rows tested with padding", "Constant attention")
+    rows = []
     for name in NAMES:
         own = hf_adaptive.ARCHITECTURES[name]
         head = " → ".join(f"`{path}`" for path in own.head.sources.values())
         pooling = f"`{own.pooling}`" if isinstance(own.pooling, str) else "of `classifier_pooling`"
         layers = f"`{own.layers}`, one shared module" if own.shares_layers else f"`{own.layers}`"
         padding = "right, left" if name in DECODERS else "right"
-        cells = (f"`{name}`", f"`{own.classifier_name}`", layers, head, pooling, padding, _constant_attention(own))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        cells = (f"`{name}`", f"`{own.classifier_name}`", layers, head, pooling, padding)
+        rows.append((*cells, _constant_attention(own)))
+    return _table(heading, rows)
+
+
+def names_and_links() -> str:
+    """The README's table of architectures, folded."""
+    rows = []
+    for name in NAMES:
+        own = hf_adaptive.ARCHITECTURES[name]
+        page = name.removesuffix("_text")
+        rows.append((f"[`{name}`]({DOCUMENTATION}/{page})", f"`{own.classifier_name}`", _constant_attention(own)))
+    folded = _table(("`model_type`", "Class", "Constant attention"), rows)
+    return f"<details>\n<summary>All {len(NAMES)} architectures</summary>\n\n{folded}\n\n</details>"
+
+
+def _table(heading: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (heading, ("---",) * len(heading), *rows))
 
 
 def _constant_attention(own: hf_adaptive.Architecture) -> str:
@@ -151,17 +157,21 @@ def _constant_attention(own: hf_adaptive.Architecture) -> str:
     return ", ".join((*kinds, *(what for what, holds in particular.items() if holds)))
 
 
-def section() -> str:
-    """The table between the markers that stand around it in README.md."""
-    return f"{MARKERS[0]}\n{VERIFIED}\n{table()}\n\n{MARKERS[1]}"
+def sections() -> dict[Path, str]:
+    """What stands between the markers of each page."""
+    return {
+        page: f"{MARKERS[0]}\n{content}\n{MARKERS[1]}"
+        for page, content in zip(PAGES, (names_and_links(), details()), strict=True)
+    }
 
 
-def write_table() -> None:
-    """Replaces the table in README.md."""
-    text = README.read_text()
-    start, end = text.index(MARKERS[0]), text.index(MARKERS[1]) + len(MARKERS[1])
-    README.write_text(text[:start] + section() + text[end:])
+def write_tables() -> None:
+    """Replaces the tables."""
+    for page, section in sections().items():
+        text = page.read_text()
+        start, end = text.index(MARKERS[0]), text.index(MARKERS[1]) + len(MARKERS[1])
+        page.write_text(text[:start] + section + text[end:])
 
 
 if __name__ == "__main__":
-    write_table()
+    write_tables()
