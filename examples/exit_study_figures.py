@@ -23,12 +23,13 @@ STYLES = {
     "joint-then-sweet": ("#CC79A7", ":", "P"),
     "sweet-then-joint": ("#E69F00", ":", "X"),
 }
-SHARE_STYLES = (("#56B4E9", "-.", "^"), ("#000000", "-.", "p"), ("#56B4E9", ":", "h"), ("#000000", ":", "*"))
+OTHER_STYLES = (("#56B4E9", "-.", "^"), ("#000000", "-.", "p"), ("#56B4E9", ":", "h"), ("#000000", ":", "*"))
 LAYER_COLOURS = "viridis"
 # Two panels: what the paper compares, and what lies between SWEET and joint training.
 PANELS = {
     "the paper's methods": lambda method: method in ("joint", "sweet", "multi-model", "disjoint"),
-    "between SWEET and joint": lambda method: method not in ("multi-model", "disjoint"),
+    "between SWEET and joint": lambda method: method not in ("multi-model", "disjoint") and "+" not in method,
+    "with branches and distillation": lambda method: "+" in method,
 }
 RC = {
     "font.size": 10,
@@ -66,9 +67,8 @@ def write_figures(
 
 def style(method: str, methods: list[str]) -> dict[str, Any]:
     """Colour, dashes and mark of a method."""
-    shares = [name for name in methods if name.startswith("share-")]
-    known = STYLES.get(method)
-    colour, line, mark = known or SHARE_STYLES[shares.index(method) % len(SHARE_STYLES)]
+    others = [name for name in methods if name not in STYLES]
+    colour, line, mark = STYLES.get(method) or OTHER_STYLES[others.index(method) % len(OTHER_STYLES)]
     return {"color": colour, "linestyle": line, "marker": mark, "markersize": 5}
 
 

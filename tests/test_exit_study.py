@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
+from exit_study_figures import style
 from tests import tiny
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "run_exit_study.py"
@@ -217,3 +218,9 @@ def test_the_page_on_both_ends_says_what_was_kept_and_what_was_missed(tmp_path, 
     assert (tmp_path / "page" / "curves-toy.svg").exists()
     task = json.loads((tmp_path / "page" / "results.json").read_text())["tasks"][0]
     assert len(task["methods"]["sweet"]["curve"]) == 3
+
+
+def test_every_method_has_a_style_of_its_own():
+    methods = ["joint", "sweet", "multi-model", "share-0.3", "joint+branch", "joint+branch+distilled", "sweet+branch"]
+    styles = [tuple(style(method, methods).items()) for method in methods]
+    assert len(set(styles)) == len(methods)
