@@ -192,7 +192,7 @@ def _parts(rows: Sequence[Mapping[str, Any]], names: tuple[str, ...], limits: di
 
 def _checked_row(row: Any, number: int, names: tuple[str, ...]) -> Mapping[str, Any]:
     row = check_mapping(row, number)
-    if any((name in row) != (name in names) for name in INPUT_NAMES):
+    if tuple([name for name in INPUT_NAMES if name in row]) != names:
         raise ValueError(
             f"examples must have the same inputs: the first has {list(names)}, but number {number} has "
             f"{sorted(map(str, row))}. Tokenise all of them alike."

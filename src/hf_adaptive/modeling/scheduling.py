@@ -12,11 +12,13 @@ A new runtime writes a `StagedModel`. What decides whether a row leaves is in `c
 tensors: `policy.leaves(exit_index, Evidence(...))`.
 """
 
+import functools
 import heapq
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -27,6 +29,9 @@ from .examples import TokenisedExamples
 WINDOW_BATCHES = 4
 # Entries of rows that wait no longer which are not worth being looked for.
 _FEW = 256
+# Rows near the chosen one for which no table of sizes is kept.
+_MANY = 512
+_length = attrgetter("length")
 
 Batch = TypeVar("Batch")
 Answers = TypeVar("Answers")
@@ -167,13 +172,14 @@ class StageScheduler:
 
     def put(self, stage: int, rows: Iterable[WaitingRow], now: float = 0.0) -> None:
         """Lets rows wait at a stage from now on."""
-        queue = self._queues[stage]
+        queue, tokens = self._queues[stage], 0
         for row in rows:
             row.stage, row.since = stage, now
             queue[row.number] = row
-            self._tokens[stage] += row.length
+            tokens += row.length
             if row.deadline < math.inf:
                 heapq.heappush(self._hurried, (row.deadline - self.max_wait, row.number, row))
+        self._tokens[stage] += tokens
         if len(self._hurried) > 2 * len(self) + _FEW:
             # Most are run long before their deadline: they are not kept until then.
             self._hurried = [entry for entry in self._hurried if self._waits(entry[2])]
@@ -191,7 +197,7 @@ class StageScheduler:
 
     def split(self, stage: int) -> list[list[WaitingRow]]:
         """The rows of a stage as the batches that cost least, the longest rows first; they still wait."""
-        rows = sorted(self._queues[stage].values(), key=lambda row: row.length, reverse=True)
+        rows = sorted(self._queues[stage].values(), key=_length, reverse=True)
         sizes = cheapest_sizes([row.length for row in rows], self.max_batch_size, self.start_cost, self.max_tokens)
         ends = list(itertools.accumulate(sizes, initial=0))
         return [rows[start:stop] for start, stop in itertools.pairwise(ends)]
@@ -242,8 +248,8 @@ class StageScheduler:
         if hurried is not None and hurried.stage == stage:
             first = hurried
             window = window if hurried in window else [hurried, *window]
-        window.sort(key=lambda row: row.length, reverse=True)
-        lengths = [row.length for row in window]
+        window.sort(key=_length, reverse=True)
+        lengths = list(map(_length, window))
         start, stop = best_batch(lengths, window.index(first), self.max_batch_size, self.start_cost, self.max_tokens)
         return window[start:stop]
 
@@ -344,9 +350,12 @@ class StagedFlow(Generic[Batch, Answers]):
         parts: dict[int, tuple[Batch, list[int], list[WaitingRow]]] = {}
         for row in rows:
             batch, position = self._states[row.number]
-            _, positions, own = parts.setdefault(id(batch), (batch, [], []))
-            positions.append(position)
-            own.append(row)
+            part = parts.get(id(batch))
+            if part is None:
+                parts[id(batch)] = (batch, [position], [row])
+            else:
+                part[1].append(position)
+                part[2].append(row)
         joined = self.model.join([(batch, positions) for batch, positions, _ in parts.values()])
         return [row for _, _, own in parts.values() for row in own], joined
 
@@ -411,12 +420,20 @@ def best_batch(
     """
     first, last = max(0, chosen - limit + 1), min(len(lengths), chosen + limit)
     near = np.maximum(lengths[first:last], 1)
-    sums = np.concatenate([[0], near.cumsum()])
-    starts, stops = np.arange(chosen - first + 1)[:, None], np.arange(chosen - first + 1, last - first + 1)[None]
-    sizes, longest = stops - starts, near[: chosen - first + 1, None]
+    sums = np.zeros(len(near) + 1, dtype=near.dtype)
+    near.cumsum(out=sums[1:])
+    starts, stops = chosen - first + 1, last - chosen
+    sizes = _sizes(starts, stops) if starts + stops <= _MANY else _sizes.__wrapped__(starts, stops)
+    tokens = sizes * near[:starts, None]
     is_allowed = sizes <= limit
     if max_tokens is not None:
-        is_allowed &= (sizes * longest <= max_tokens) | (sizes == 1)
-    worth = np.where(is_allowed, (sums[stops] - sums[starts]) / (overhead + sizes * longest), -1.0)
-    start, stop = np.unravel_index(worth.argmax(), worth.shape)
-    return first + int(start), chosen + 1 + int(stop)
+        is_allowed &= (tokens <= max_tokens) | (sizes == 1)
+    worth = np.where(is_allowed, (sums[starts:] - sums[:starts, None]) / (overhead + tokens), -1.0)
+    start, stop = divmod(int(worth.argmax()), stops)
+    return first + start, chosen + 1 + stop
+
+
+@functools.lru_cache(maxsize=64)
+def _sizes(starts: int, stops: int) -> np.ndarray:
+    """How many rows there are from each of so many first ones, up to the row that was chosen, to each last one."""
+    return np.arange(starts, starts + stops)[None] - np.arange(starts)[:, None]

@@ -18,7 +18,8 @@ from ..modeling.checks import check_at_least, check_choice, check_count
 from ..modeling.scheduling import RowAnswers, StagedFlow, StageScheduler
 from .errors import DeadlineExceededError, EngineBrokenError, EngineClosedError, EngineFullError, NotANumberError
 from .monitor import Monitor
-from .requests import EngineAnswer, Example, Reader, Request, check_example
+from .places import Places
+from .requests import AnswerFuture, EngineAnswer, Example, Reader, Request, check_example
 from .statistics import EngineStatistics, Recorder
 
 logger = logging.get_logger(__name__)
@@ -109,8 +110,9 @@ class ExitsEngine:
         self._use(model, tokenizer)
         self._recorder = Recorder(self._exit_layers, self._flow.model.stages)
         self._numbers = itertools.count()
-        self._places = threading.BoundedSemaphore(max_waiting)
+        self._places = Places(max_waiting)
         self._arrivals: queue.SimpleQueue[Request | _Reload | _Wake] = queue.SimpleQueue()
+        # Rows that somebody waits for. Whoever takes one out, answers it or gives it up, and frees its place.
         self._held: dict[int, Request] = {}
         self._admitted: dict[int, Request] = {}  # the worker's, in the order in which they came
         self._deadlines: list[tuple[float, int, Request]] = []  # a heap
@@ -140,17 +142,17 @@ class ExitsEngine:
             TypeError, ValueError: What is no example.
         """
         check_example(example, self.tokenizer is not None)
-        if not self._places.acquire(blocking=self.when_full == "block"):
+        if not self._places.take(may_wait=self.when_full == "block"):
             raise EngineFullError(f"{self.max_waiting} rows wait already (max_waiting). Try again later.")
         return self._enter(example, timeout_ms)
 
     async def answer(self, example: Example, timeout_ms: float | None = None) -> EngineAnswer:
         """As `submit`, for coroutines; a cancelled coroutine gives its place up."""
         check_example(example, self.tokenizer is not None)
-        if not self._places.acquire(blocking=False):
+        if not self._places.take(may_wait=False):
             if self.when_full == "refuse":
                 raise EngineFullError(f"{self.max_waiting} rows wait already (max_waiting). Try again later.")
-            await asyncio.to_thread(self._places.acquire)
+            await self._place()
         return await asyncio.wrap_future(self._enter(example, timeout_ms))
 
     def statistics(self) -> EngineStatistics:
@@ -206,23 +208,35 @@ class ExitsEngine:
 
     def _enter(self, example: Example, timeout_ms: float | None) -> "Future[EngineAnswer]":
         now = time.monotonic()
-        request = Request(-1, 0, example=example, arrived=now)
-        request.future.add_done_callback(self._free_place)
-        if timeout_ms is not None:
-            request.deadline = now + timeout_ms / 1000
+        future = AnswerFuture(self._give_up)
+        deadline = float("inf") if timeout_ms is None else now + timeout_ms / 1000
+        request = Request(-1, 0, deadline, example=example, future=future, arrived=now)
         with self._admission:
             try:
                 self._check_open()
             except (EngineClosedError, EngineBrokenError):
-                request.future.cancel()
+                self._places.free()
                 raise
-            request.number = next(self._numbers)
+            request.number = future.number = next(self._numbers)
             self._held[request.number] = request
             self._arrivals.put(request)
-        return request.future
+        return future
 
-    def _free_place(self, future: "Future[EngineAnswer]") -> None:
-        self._places.release()
+    async def _place(self) -> None:
+        """Waits for a place; a coroutine that is cancelled meanwhile keeps none."""
+        taking = asyncio.ensure_future(asyncio.to_thread(self._places.take, True))
+        try:
+            await asyncio.shield(taking)
+        except asyncio.CancelledError:
+            taking.add_done_callback(lambda _: self._places.free())
+            raise
+
+    def _give_up(self, number: int) -> None:
+        """Its caller cancelled a row; what has become of it is dropped at the next stage."""
+        request = self._forget(number)
+        if request is not None:
+            request.future.set_running_or_notify_cancel()
+            self._recorder.note_cancelled()
 
     def _check_open(self) -> None:
         if self._cause is not None:
@@ -263,7 +277,7 @@ class ExitsEngine:
         choice = self._flow.scheduler.choose(time.monotonic(), self._is_closing)
         if choice is not None:
             self._run(*choice)
-        elif self._is_closing and not self._held:
+        elif self._is_closing and not self._held and self._arrivals.empty():
             return False
         elif not self._audit_one():
             self._admit(self._awaited())
@@ -306,9 +320,9 @@ class ExitsEngine:
                 heapq.heappush(self._deadlines, (request.deadline, request.number, request))
         if len(self._deadlines) > 2 * len(self._held) + _FEW:
             # Most are answered long before their deadline: they are not kept until then.
-            self._deadlines = [entry for entry in self._deadlines if not entry[2].future.done()]
+            self._deadlines = [entry for entry in self._deadlines if entry[1] in self._held]
             heapq.heapify(self._deadlines)
-        wanted = [request for request in requests if not self._is_gone(request)]
+        wanted = [request for request in requests if request.number in self._held]
         self._admitted |= {request.number: request for request in wanted}
         for group in self._reader.groups(wanted):
             self._read_group(group)
@@ -331,7 +345,9 @@ class ExitsEngine:
             again(request)
 
     def _run(self, stage: int, rows: list[Any]) -> None:
-        rows = [row for row in rows if not self._dropped(row)]
+        held = self._held
+        if not all(row.number in held for row in rows):
+            rows = self._without_gone(rows)
         if not rows:
             return
         try:
@@ -363,42 +379,48 @@ class ExitsEngine:
 
     def _finish(self, request: Request, answer: EngineAnswer) -> bool:
         """Whether somebody still wanted the answer."""
-        self._forget(request)
-        if not request.future.set_running_or_notify_cancel():
-            self._recorder.note_cancelled()
+        self._admitted.pop(request.number, None)
+        if self._forget(request.number) is None:
             return False
-        request.future.set_result(answer)
+        try:
+            request.future.set_result(answer)
+        except InvalidStateError:
+            self._note_cancelled(request)
+            return False
         return True
 
     def _fail(self, request: Request, error: BaseException) -> None:
-        self._forget(request)
-        try:
-            if request.future.set_running_or_notify_cancel():
-                request.future.set_exception(error)
-                self._recorder.note_failure(error)
-            else:
-                self._recorder.note_cancelled()
-        except InvalidStateError:
-            pass  # it was given up for being late
-
-    def _is_gone(self, request: Request) -> bool:
-        """Whether nobody waits for it any more; then it is forgotten."""
-        if not request.future.done():
-            return False
-        if self._forget(request):
-            self._recorder.note_cancelled()
-        return True
-
-    def _forget(self, request: Request) -> bool:
-        """Whether it was still held."""
         self._admitted.pop(request.number, None)
-        return self._held.pop(request.number, None) is not None
+        if self._forget(request.number) is None:
+            return
+        try:
+            request.future.set_exception(error)
+            self._recorder.note_failure(error)
+        except InvalidStateError:
+            self._note_cancelled(request)
 
-    def _dropped(self, request: Request) -> bool:
-        if not self._is_gone(request):
-            return False
-        self._flow.drop(request)
-        return True
+    def _note_cancelled(self, request: Request) -> None:
+        """The caller was about to give the row up, but the worker had already taken it out."""
+        request.future.set_running_or_notify_cancel()
+        self._recorder.note_cancelled()
+
+    def _forget(self, number: int) -> Request | None:
+        """The row, if it was still held; only one thread is given it."""
+        request = self._held.pop(number, None)
+        if request is not None:
+            self._places.free()
+        return request
+
+    def _without_gone(self, rows: list[Any]) -> list[Any]:
+        """The rows that somebody still waits for; the others are dropped."""
+        wanted = []
+        for row in rows:
+            if row.number in self._held:
+                wanted.append(row)
+            else:
+                self._admitted.pop(row.number, None)
+                self._flow.drop(row)
+        return wanted
 
     def _give_up_late(self) -> None:
         now = time.monotonic()
@@ -407,7 +429,7 @@ class ExitsEngine:
             self._fail(request, DeadlineExceededError("the answer was not ready in time (timeout_ms)."))
 
     def _next_deadline(self) -> float:
-        while self._deadlines and self._deadlines[0][2].future.done():
+        while self._deadlines and self._deadlines[0][1] not in self._held:
             heapq.heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else float("inf")
 

@@ -78,14 +78,10 @@ class DriftReport:
 
 @dataclass(frozen=True)
 class Audited:
-    """A row that was answered, how, and the cell that it counts in."""
+    """A row that was answered, and how."""
 
     request: Request
     taken: np.ndarray
-    cell: int
-
-    def __lt__(self, other: "Audited") -> bool:
-        return self.request.number < other.request.number
 
 
 class Monitor:
@@ -123,7 +119,8 @@ class Monitor:
         self._problem_type = problem_type(config)
         is_as_calibrated = all(value is None for value in decisions.values())
         self._record = calibration_in_force(config) if is_as_calibrated else None
-        self._unordered: list[Audited] = []
+        # A heap of the rows' numbers, their cells, and the rows where they were drawn.
+        self._unordered: list[tuple[int, int, Audited | None]] = []
         self._waiting: deque[Audited] = deque()
         self._counts = np.zeros(len(config.exit_layers), dtype=np.int64)
         self._drift = self._new_drift_test(seed)
@@ -140,26 +137,31 @@ class Monitor:
         self._counts += np.bincount(answers.exit_index, minlength=len(self._counts))
         if self._drift is None and self.audit_share == 0:
             return
-        found = cells(answers.logits, answers.exit_index, answers.certainty, self.config)
-        for row, taken, cell in zip(rows, answers.taken, found.tolist()):
-            heapq.heappush(self._unordered, Audited(row, taken, cell))
+        drawn = (self._random.random(len(rows)) < self.audit_share).tolist()
+        if self._drift is None:
+            found = [0] * len(rows)
+        else:
+            found = cells(answers.logits, answers.exit_index, answers.certainty, self.config).tolist()
+        for row, taken, cell, is_drawn in zip(rows, answers.taken, found, drawn):
+            if is_drawn or self._drift is not None:
+                heapq.heappush(self._unordered, (row.number, cell, Audited(row, taken) if is_drawn else None))
 
     def look(self, oldest: float) -> None:
-        """Draws and tests rows in the order in which they came, as far as all before them are done.
+        """Tests rows, and lets those drawn wait, in the order in which they came, as far as all before are done.
 
         Easy rows are answered first: in the order of the answers every stream would seem to become harder.
 
         Args:
             oldest (`float`): Number of the oldest row that is still to be answered.
         """
-        ready = []
-        while self._unordered and self._unordered[0].request.number < oldest:
-            ready.append(heapq.heappop(self._unordered))
-        if self._drift is not None and ready:
-            self._watch(self._drift, [row.cell for row in ready])
-        for row, is_drawn in zip(ready, self._random.random(len(ready)) < self.audit_share):
-            if is_drawn and len(self._waiting) < _WAITING_AUDITS:
-                self._waiting.append(row)
+        found = []
+        while self._unordered and self._unordered[0][0] < oldest:
+            _, cell, audited = heapq.heappop(self._unordered)
+            found.append(cell)
+            if audited is not None and len(self._waiting) < _WAITING_AUDITS:
+                self._waiting.append(audited)
+        if self._drift is not None and found:
+            self._watch(self._drift, found)
 
     def _watch(self, test: DriftTest, found: list[int]) -> None:
         known = test.found_after is not None

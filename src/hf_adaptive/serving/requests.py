@@ -1,6 +1,6 @@
 """What is asked of the engine, and how texts and tokenised rows become what a model reads."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +33,26 @@ class EngineAnswer:
     exit_index: int
     exit_layer: int
     tokens: int
+
+
+class AnswerFuture(Future[EngineAnswer]):
+    """A future that tells its engine when its caller gives it up.
+
+    Args:
+        give_up (`Callable[[int], object]`): Called with the row's number, again if it is cancelled again.
+    """
+
+    def __init__(self, give_up: Callable[[int], object]):
+        super().__init__()
+        self.number = -1
+        self._give_up = give_up
+
+    def cancel(self) -> bool:
+        """Whether the answer was not there yet; then the row's place is free at once."""
+        is_cancelled = super().cancel()
+        if is_cancelled:
+            self._give_up(self.number)
+        return is_cancelled
 
 
 @dataclass(slots=True, eq=False)
