@@ -5,14 +5,17 @@
 
 Of the requests 1 % are malformed, 1 % are given up by their client, and 1 % come from clients that send and read
 slowly. The server is `python -m hf_adaptive.serving` in a process of its own, with a small BERT of random weights;
-every answer is compared with the model's own. Prints counts and the memory of the server over time, and exits 1 if
-anything was lost or wrong.
+every answer is compared with the model's own. Prints counts, and at tenths of the way the memory of the server, its
+objects and the bytes that its allocator has handed out; exits 1 if anything was lost or wrong, or if objects pile up.
 """
 
 import asyncio
+import ctypes
+import gc
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -32,6 +35,8 @@ from hf_adaptive.serving.loading import load_for_serving
 WORDS = [f"word{number}" for number in range(500)]
 BAD_BODIES = [b"{no json", b'{"inputs": 5}', b'{"inputs": "\xff"}', b'{"inputs": []}', b'{"text": "wrong field"}']
 SLOWNESS = 0.05
+# Told to this file as its first argument: be the server.
+SERVE = "--serve"
 
 
 @dataclass
@@ -48,7 +53,7 @@ class Tally:
 
     counts: Counter = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
-    memory_mb: list[int] = field(default_factory=list)
+    held: list[dict[str, Any]] = field(default_factory=list)
 
 
 def main() -> int:
@@ -59,13 +64,13 @@ def main() -> int:
         make_checkpoint(Path(folder))
         texts = some_texts(400)
         known = expected(folder, texts)
-        command = [sys.executable, "-m", "hf_adaptive.serving", folder, "--port", "0"]
+        command = [sys.executable, __file__, SERVE, folder, "--port", "0"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
             try:
                 address = next(line for line in server.stdout or [] if line.startswith("Serving")).split("//")[-1]
                 host, port = address.strip().split(":")
                 start = time.perf_counter()
-                tally = asyncio.run(ask_all(arguments, host, int(port), texts, known, server.pid))
+                tally = asyncio.run(ask_all(arguments, host, int(port), texts, known, server))
                 seconds = time.perf_counter() - start
             finally:
                 server.terminate()
@@ -80,12 +85,17 @@ def report(arguments: SoakArguments, tally: Tally, seconds: float, status: int) 
     print(
         f"lost: {arguments.requests - done}; wrong: {len(tally.wrong)} {tally.wrong[:3]}; server ended with {status}"
     )
-    print(f"memory of the server, MB, at tenths of the way: {tally.memory_mb}")
-    return int(done != arguments.requests or bool(tally.wrong) or status != 0)
+    for name in ("resident_mb", "allocated_mb", "objects"):
+        print(f"{name} of the server at tenths of the way: {[one[name] for one in tally.held]}")
+    growth = Counter(tally.held[-1]["types"])
+    growth.subtract(tally.held[1]["types"])
+    print(f"types with most more objects than at a tenth: {growth.most_common(8)}")
+    piles_up = growth.total() > arguments.requests // 100
+    return int(done != arguments.requests or bool(tally.wrong) or status != 0 or piles_up)
 
 
 async def ask_all(
-    arguments: SoakArguments, host: str, port: int, texts: list[str], known: list[Any], pid: int
+    arguments: SoakArguments, host: str, port: int, texts: list[str], known: list[Any], server: Any
 ) -> Tally:
     """All requests, shared between the clients."""
     tally, numbers = Tally(), iter(range(arguments.requests))
@@ -95,7 +105,7 @@ async def ask_all(
         chance, connection = random.Random(seed), None
         for number in numbers:
             if number % tenth == 0:
-                tally.memory_mb.append(resident_mb(pid))
+                tally.held.append(await asyncio.to_thread(held_by, server))
             kind = chance.choices(["good", "malformed", "cancelled", "slow"], weights=[97, 1, 1, 1])[0]
             connection = connection or await asyncio.open_connection(host, port)
             connection = await ask(kind, chance, connection, texts, known, tally)
@@ -103,7 +113,7 @@ async def ask_all(
             connection[1].close()
 
     await asyncio.gather(*(client(seed) for seed in range(arguments.clients)))
-    tally.memory_mb.append(resident_mb(pid))
+    tally.held.append(await asyncio.to_thread(held_by, server))
     return tally
 
 
@@ -195,11 +205,48 @@ def make_checkpoint(folder: Path) -> None:
     BertForSequenceClassificationWithExits(config).save_pretrained(folder)
 
 
-def resident_mb(pid: int) -> int:
-    """Memory of a process."""
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") // 2**20
+# What the server holds
+
+
+def held_by(server: Any) -> dict[str, Any]:
+    """Asks the server what it holds now."""
+    server.send_signal(signal.SIGUSR1)
+    return json.loads(next(line for line in server.stdout if line.startswith("{")))
+
+
+def serve(arguments: list[str]) -> int:
+    """The server as it is, which says on SIGUSR1 what it holds."""
+    from hf_adaptive.serving.__main__ import main as serve_until_stopped
+
+    signal.signal(signal.SIGUSR1, lambda *_: print(json.dumps(held()), flush=True))
+    return serve_until_stopped(arguments)
+
+
+def held() -> dict[str, Any]:
+    """This process's memory, and its objects by type beside those from before it served."""
+    gc.collect()
+    types = Counter(type(one).__name__ for one in gc.get_objects())
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return {
+        "resident_mb": pages * os.sysconf("SC_PAGE_SIZE") // 2**20,
+        "allocated_mb": round(allocated_bytes() / 2**20, 1),
+        "objects": types.total(),
+        "types": types,
+    }
+
+
+def allocated_bytes() -> int:
+    """Bytes that glibc has handed out and not got back; fragments between them are not counted."""
+
+    class Mallinfo2(ctypes.Structure):
+        names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+        _fields_ = [(name, ctypes.c_size_t) for name in names.split()]  # noqa: RUF012
+
+    ask = ctypes.CDLL(None).mallinfo2
+    ask.restype = Mallinfo2
+    info = ask()
+    return info.uordblks + info.hblkhd
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(serve(sys.argv[2:]) if sys.argv[1:2] == [SERVE] else main())
