@@ -1,13 +1,16 @@
-# make demo, make test, make test-lowest: each sets up all it needs; only Python 3.10+ and pip have to be there.
+# make demo, make test, make test-lowest, make test-onnx, make test-second: each sets up all it needs; only Python 3.10+ and pip have to be there.
 
 PYTHON ?= python3
 VENV ?= .venv
 # The CPU build where the package index has one. For a GPU: make demo TORCH="torch==2.13.0 --index-url <a CUDA index>"
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
+SECOND_PYTHON ?= $(shell .ci/second-python)
+ONNX_TESTS := tests/deployment tests/modeling/test_export.py tests/calibration/test_reference.py \
+	tests/serving/test_engine.py tests/test_documents.py
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-lowest lint clean
+.PHONY: demo test test-lowest test-onnx test-second lint package clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/quickstart.py
@@ -22,6 +25,21 @@ test-lowest:
 	.venv-lowest/bin/python -m pytest -n 2 --dist loadfile -k "not compiled and not table_in_the_readme" \
 		tests/modeling/test_architectures.py tests/modeling/test_architectures_loading.py \
 		tests/modeling/test_golden_sweet.py tests/training/test_trainer.py
+
+# What is exported; in `make test` these are left out where onnx is not installed.
+test-onnx: $(VENV)/.onnx
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ONNX_TESTS)
+
+# Exported classifiers, which need no torch, on another Python; and no file of ours is one that it cannot read.
+test-second: $(VENV)/.onnx
+	@if [ -z "$(SECOND_PYTHON)" ]; then echo "no Python but 3.11 here: give one as SECOND_PYTHON=..."; \
+	else $(MAKE) .venv-second/.runtime && .venv-second/bin/python -W error -m compileall -qf src examples tests && \
+		SECOND_PYTHON=$(CURDIR)/.venv-second/bin/python \
+		$(BIN)/python -m pytest -k without_torch tests/deployment/test_onnx_export.py; fi
+
+# Wheel and sdist as a stranger installs them.
+package: $(VENV)/.dev
+	.ci/package
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -42,6 +60,15 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(PIP_INSTALL) --editable ".[dev]"
 	touch $@
 
+$(VENV)/.onnx: $(VENV)/.dev
+	$(PIP_INSTALL) --editable ".[dev,onnx]"
+	touch $@
+
+.venv-second/.runtime: pyproject.toml
+	$(SECOND_PYTHON) -m venv .venv-second
+	.venv-second/bin/python -m pip install --quiet numpy onnxruntime tokenizers
+	touch $@
+
 $(VENV)/.lowest: $(VENV)/.torch pyproject.toml
 	grep -oE '"[a-z0-9-]+>=[0-9.]+' pyproject.toml | tr -d '"' | sed 's/>=/==/' | grep -vE '^(torch|setuptools)=' \
 		> $(VENV)/lowest.txt
@@ -49,4 +76,4 @@ $(VENV)/.lowest: $(VENV)/.torch pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-lowest .cache outputs
+	rm -rf $(VENV) .venv-lowest .venv-second .cache outputs

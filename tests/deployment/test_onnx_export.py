@@ -1,6 +1,7 @@
 """Exported by stages: the same answers and exits as torch, from files that are whole."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,8 @@ onnx_package = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
+# Of another version, with what runs exported classifiers.
+SECOND_PYTHON = os.environ.get("SECOND_PYTHON")
 SCRIPT = """
 import json, sys
 
@@ -182,12 +185,15 @@ def test_texts_are_read_without_transformers(own, exported):
 # Without torch
 
 
-def test_it_runs_without_torch(own, exported, tmp_path):
+@pytest.mark.parametrize("python", [sys.executable, SECOND_PYTHON], ids=["this Python", "another Python"])
+def test_it_runs_without_torch(python, own, exported, tmp_path):
+    if python is None:
+        pytest.skip("SECOND_PYTHON names no other interpreter: make test-second sets one up")
     shutil.copytree(exported, tmp_path / "exported")
     texts = tiny.sentences(9)
     (tmp_path / "texts.json").write_text(json.dumps(texts))
     environment = fresh_process.environment(tmp_path / "home", PYTHONPATH=str(Path(__file__).parents[2] / "src"))
-    command = [sys.executable, "-c", SCRIPT]
+    command = [python, "-c", SCRIPT]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "found.json").read_text())
