@@ -192,6 +192,16 @@ def test_without_a_gradient_any_choice_of_heads_gives_the_same(family, heads, re
     torch.testing.assert_close(with_attentions.attentions, attentions, atol=1e-5, rtol=1e-4)
 
 
+def test_under_autocast_the_same_without_a_gradient():
+    model, ids = backbone("bert"), inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(input_ids=ids).last_hidden_state
+        with torch.no_grad():
+            own = model(input_ids=ids).last_hidden_state
+    assert own.dtype == expected.dtype
+    torch.testing.assert_close(own, expected, atol=5e-2, rtol=5e-2)
+
+
 @pytest.mark.parametrize("family", golden.FAMILIES)
 def test_a_compiled_layer_is_one_graph(family):
     model, ids = backbone(family), inputs()

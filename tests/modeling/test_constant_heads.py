@@ -129,6 +129,26 @@ def test_attentions_are_given_and_have_a_gradient(name):
     assert all(gradient[:, head].abs().sum() > 0 for gradient in gradients for head in range(HEADS))
 
 
+@pytest.mark.parametrize("padding", ["left", "right", "none"])
+def test_without_a_gradient_padding_is_passed_over(name, padding):
+    own, inputs = converted(stock(name), name, SOME, constants()), tiny.batch(5, LENGTH)
+    if padding == "left":
+        inputs = {key: tensor.flip(1) if tensor.dim() == 2 else tensor for key, tensor in inputs.items()}
+    if padding == "none":
+        del inputs["attention_mask"]
+    real = inputs.get("attention_mask", torch.ones(5, LENGTH)) == 1
+    expected = run(own, name, inputs).last_hidden_state
+    projected = []
+    for attention in self_attentions(own, hf_adaptive.ARCHITECTURES[name]):
+        if hasattr(attention, "constant_value"):
+            attention.constant_value.register_forward_hook(lambda _, args, __: projected.append(args[0].shape[:-1]))
+    with torch.no_grad():
+        states = run(own, name, inputs).last_hidden_state
+    torch.testing.assert_close(states[real], expected[real], **CLOSE)
+    positions = {shape.numel() for shape in projected}
+    assert positions == {int(real.sum())}
+
+
 @torch.no_grad()
 def test_what_lies_out_of_reach_has_no_weight(name):
     values, inputs = constants(), batch(name)
@@ -138,6 +158,23 @@ def test_what_lies_out_of_reach_has_no_weight(name):
         changed[layer, :, ~reach(name, layer)] = 1e3
     states = run(own, name, inputs).last_hidden_state
     assert torch.equal(run(converted(stock(name), name, EVERY, changed), name, inputs).last_hidden_state, states)
+
+
+@torch.no_grad()
+def test_nothing_of_rotary_positions_is_computed_where_no_head_reads_them(name, monkeypatch):
+    plain, inputs = stock(name), batch(name)
+    if not hasattr(plain, "rotary_emb"):
+        pytest.skip("the architecture has none")
+    some, every = converted(plain, name, SOME), converted(plain, name, EVERY)
+    expected = run(every, name, inputs).last_hidden_state
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("rotary positions were computed")
+
+    monkeypatch.setattr(type(plain.rotary_emb), "forward", refuse)
+    assert torch.equal(run(every, name, inputs).last_hidden_state, expected)
+    with pytest.raises(AssertionError, match="rotary positions were computed"):
+        run(some, name, inputs)
 
 
 def test_queries_and_keys_of_constant_heads_are_gone(name):

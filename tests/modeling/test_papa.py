@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -206,6 +207,56 @@ def plain_checkpoint(tmp_path):
 @pytest.fixture
 def constants():
     return torch.rand(6, 4, golden.LENGTH, golden.LENGTH, generator=torch.Generator().manual_seed(1))
+
+
+# What version 0.1 saved of a layer (hidden size 32), for the heads that are constant and for the others: the first
+# dimension is that of one head.
+OF_CONSTANT_HEADS = {
+    "constants": (1, golden.LENGTH, golden.LENGTH),
+    "constant_value.weight": (8, 32),
+    "constant_value.bias": (8,),
+}
+OF_OTHER_HEADS = {
+    f"{name}.{kind}": shape
+    for name in ("query", "key", "value")
+    for kind, shape in (("weight", (8, 32)), ("bias", (8,)))
+}
+OF_OTHER_HEADS_IN_DEBERTA = {
+    "in_proj.weight": (24, 32),
+    "pos_proj.weight": (8, 32),
+    "pos_q_proj.weight": (8, 32),
+    "pos_q_proj.bias": (8,),
+    "q_bias": (8,),
+    "v_bias": (8,),
+}
+
+
+@pytest.mark.parametrize("family", golden.FAMILIES)
+def test_checkpoints_of_version_0_1_load(family, plain_checkpoint, constants, tmp_path):
+    heads = [[0, 1], [0, 2], *([4, head] for head in range(4))]
+    model_class = golden.class_of(family, "ForSequenceClassification")
+    model = model_class.from_pretrained(plain_checkpoint(family), constants=constants, constant_heads=heads)
+    model.save_pretrained(tmp_path)
+    others = OF_OTHER_HEADS_IN_DEBERTA if family == "deberta" else OF_OTHER_HEADS
+    expected = {
+        f"{model.base_model_prefix}.encoder.layer.{layer}.attention.self.{name}": (count * first, *rest)
+        for layer, constant in ((0, 2), (4, 4))
+        for shapes, count in ((OF_CONSTANT_HEADS, constant), (others, 4 - constant))
+        for name, (first, *rest) in shapes.items()
+    }
+    weights = load_file(tmp_path / "model.safetensors")
+    stored = {
+        name: tuple(tensor.shape) for name, tensor in weights.items() if re.search(r"\.[04]\.attention\.self\.", name)
+    }
+    assert stored == expected
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert fields["model_type"] == f"papa-{family}"
+    assert (fields["constant_heads"], fields["constant_length"]) == (heads, golden.LENGTH)
+    inputs = golden.tensors(f"{family}/inputs")
+    again, report = model_class.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert torch.equal(again(**inputs).logits, model(**inputs).logits)
 
 
 @pytest.mark.parametrize("task", TASKS)

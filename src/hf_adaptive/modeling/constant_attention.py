@@ -4,6 +4,8 @@ A constant head's attention matrix is a parameter `C (length, length)`; for an i
 attends with `C[i, j] m[i] m[j]`, every row divided by the sum of its absolute values.
 """
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import nn
 
@@ -68,6 +70,67 @@ def sums_and_scale(
     sums = torch.bmm(constants[:, :length, :length], by_head.flatten(2))
     scale = _inverse_row_sums(constants, length, real).unsqueeze(-1)
     return sums.unflatten(2, (batch, -1)).permute(2, 1, 0, 3), scale
+
+
+def spans_of(real: torch.Tensor) -> list[tuple[int, int]] | None:
+    """Where the real positions of every row begin and end; None if they do not lie together in each.
+
+    Args:
+        real (`torch.Tensor`): `(batch, length)`, True at real positions.
+    """
+    first = real.int().argmax(1)
+    end = real.shape[1] - real.flip(1).int().argmax(1)
+    first, end, count = torch.stack([first, end, real.sum(1)]).tolist()
+    spans = list(zip(first, end))
+    return spans if all(end - first == number for (first, end), number in zip(spans, count)) else None
+
+
+def write_context(
+    constants: torch.Tensor,
+    packed: torch.Tensor,
+    spans: Sequence[tuple[int, int]],
+    real: torch.Tensor | None,
+    layer: torch.Tensor,
+    places: Sequence[int],
+) -> None:
+    """Writes `constant_context` into the places of these heads in the layer's tensor; not differentiable.
+
+    Row by row, over its real positions alone: each row's values are in the processor's cache from the product to its
+    normalisation, and no value is copied before.
+
+    Args:
+        constants (`torch.Tensor`): `(heads, length, length)`.
+        packed (`torch.Tensor`): Values of the real positions `(positions, heads, head_size)`, row after row.
+        spans (`list[tuple[int, int]]`): From `spans_of`.
+        real (`torch.Tensor`, *optional*): As in `constant_context`.
+        layer (`torch.Tensor`): `(batch, length, heads of the layer, head_size)`.
+        places (`list[int]`): Which of its heads these are, ascending.
+    """
+    scale = _inverse_row_sums(constants, layer.shape[1], real).expand(len(layer), -1, -1).unsqueeze(-1)
+    constants = constants.to(packed.dtype)  # autocast does not reach products that are written into place
+    runs = list(even_runs(places))
+    values = packed.split([end - first for first, end in spans])
+    for row, ((first, end), value) in enumerate(zip(spans, values)):
+        for heads, target_heads in runs:
+            target = layer[row, :, target_heads]
+            target[:first] = 0
+            target[end:] = 0
+            context = target[first:end]
+            matrices = constants[heads, first:end, first:end]
+            torch.bmm(matrices, value[:, heads].transpose(0, 1), out=context.transpose(0, 1))
+            context.mul_(scale[row, first:end, heads])
+
+
+def even_runs(places: Sequence[int]) -> Iterator[tuple[slice, slice]]:
+    """Cuts ascending places where their distance changes: for each run, where it is in the list, and its places."""
+    start = 0
+    while start < len(places):
+        step = places[start + 1] - places[start] if start + 1 < len(places) else 1
+        stop = start + 1
+        while stop < len(places) and places[stop] - places[stop - 1] == step:
+            stop += 1
+        yield slice(start, stop), slice(places[start], places[stop - 1] + 1, step)
+        start = stop
 
 
 def _multiply(permuted: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ knows of no more heads than these.
 """
 
 import copy
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,19 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.utils.import_utils import is_tracing
 
 from .attention_kinds import StockClass, StockHeads, put_beside
 from .attention_layouts import AttentionLayout, key_heads
-from .constant_attention import check_length, constant_attention, constant_probabilities, sums_and_scale
+from .constant_attention import (
+    check_length,
+    constant_attention,
+    constant_probabilities,
+    even_runs,
+    spans_of,
+    sums_and_scale,
+    write_context,
+)
 from .head_choice import check_constant_heads, check_constants
 
 
@@ -56,6 +65,21 @@ def install_constant_heads(
             make_heads_constant(attention, heads, config.constant_length, layout, backbone.config)
             if constants is not None:
                 attention.constants.data.copy_(constants[index, heads])
+    if len(config.constant_heads) == config.num_hidden_layers * config.num_attention_heads:
+        _leave_out_rotary_positions(backbone)
+
+
+class NoRotaryPositions(nn.Module):
+    """In the place of a backbone's rotary positions where no head reads them."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[None, None]:
+        return None, None
+
+
+def _leave_out_rotary_positions(backbone: Any) -> None:
+    # Every backbone of transformers that has them calls them so, and hands on to its layers what they return.
+    if hasattr(backbone, "rotary_emb"):
+        backbone.rotary_emb = NoRotaryPositions()
 
 
 def layout_of(backbone: Any, architecture: Any) -> AttentionLayout:
@@ -161,14 +185,19 @@ class _ConstantPart:
     """What constant heads need of an input.
 
     Args:
-        value (`torch.Tensor` of shape `(batch, length, heads, head_size)`): What they read from.
+        value (`torch.Tensor` of shape `(batch, length, heads, head_size)`): What they read from; with spans that of
+            the real positions alone, row after row, `(positions, heads, head_size)`.
+        shape (`torch.Size`): Batch and length.
         real (`torch.Tensor` of shape `(batch, length)`, *optional*): True at real positions; None if all are.
         wants_attentions (`bool`): Whether the matrices of all heads are asked for.
+        spans (`list[tuple[int, int]]`, *optional*): Where the real positions of every row begin and end.
     """
 
     value: torch.Tensor
+    shape: torch.Size
     real: torch.Tensor | None
     wants_attentions: bool
+    spans: list[tuple[int, int]] | None = None
 
 
 class ConstantHeads(StockClass):
@@ -185,10 +214,28 @@ class ConstantHeads(StockClass):
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, wants_attentions: bool
     ) -> _ConstantPart:
         check_length(hidden_states.shape[1], self.constants.shape[-1])
+        real = self.layout.real_positions(attention_mask)
+        shape, spans = hidden_states.shape[:2], None if wants_attentions else self._spans(hidden_states, real)
+        if spans is not None and real is not None:
+            rows = [row[first:end] for row, (first, end) in zip(hidden_states, spans)]
+            hidden_states = torch.cat(rows).unsqueeze(0)
         value = self.constant_value(hidden_states).unflatten(-1, (-1, self.constant_head_size))
         if self.value_of_head is not None:
             value = value[:, :, self.value_of_head]
-        return _ConstantPart(value, self.layout.real_positions(attention_mask), wants_attentions)
+        if spans is not None:
+            value = value.flatten(0, 1)
+        return _ConstantPart(value, shape, real, wants_attentions, spans)
+
+    def _spans(self, hidden_states: torch.Tensor, real: torch.Tensor | None) -> list[tuple[int, int]] | None:
+        """Where the real positions of each row lie, if padding can be passed over.
+
+        Elsewhere than on a CPU it would have to be waited for; a compiler cannot follow it.
+        """
+        is_followed = torch.is_grad_enabled() or is_tracing(hidden_states)
+        if is_followed or hidden_states.device.type != "cpu" or self.layout.dropout_of(self):
+            return None
+        batch, length = hidden_states.shape[:2]
+        return [(0, length)] * batch if real is None else spans_of(real)
 
     def _of_stock_heads(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor[:, self.dynamic_heads]
@@ -201,7 +248,9 @@ class ConstantHeads(StockClass):
 
     def _combined(self, stock: StockHeads | None, constant: _ConstantPart) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What all heads read `(batch, length, heads, head_size)`, in their order; and where, if that is asked for."""
-        constants = self._constants(constant.value.shape[1])
+        constants = self._constants(constant.shape[1])
+        if constant.spans is not None:
+            return self._written(stock, constant, constants, constant.spans), None
         dropout = self.layout.dropout_of(self)
         if constant.wants_attentions:
             return self._combined_by_matrices(stock, constant, constants, dropout)
@@ -213,6 +262,21 @@ class ConstantHeads(StockClass):
         if stock is not None:
             kinds.append(_Heads(self.dynamic_heads, stock.context))
         return _side_by_side(kinds, dim=2), None
+
+    def _written(
+        self,
+        stock: StockHeads | None,
+        constant: _ConstantPart,
+        constants: torch.Tensor,
+        spans: list[tuple[int, int]],
+    ) -> torch.Tensor:
+        """The same over real positions alone, written into place."""
+        heads = len(self.constant_heads) + len(self.dynamic_heads)
+        layer = constant.value.new_empty(*constant.shape, heads, self.constant_head_size)
+        if stock is not None:
+            _Heads(self.dynamic_heads, stock.context).write_products(layer, dim=2)
+        write_context(constants, constant.value, spans, constant.real, layer, self.constant_heads)
+        return layer
 
     def _combined_by_matrices(
         self, stock: StockHeads | None, constant: _ConstantPart, constants: torch.Tensor, dropout: float
@@ -253,7 +317,7 @@ class _Heads:
         """Puts them into their places along `dim` of the whole layer's tensor."""
         target, values = layer.movedim(dim, 0), self.values.movedim(dim, 0)
         factors = None if self.factors is None else self.factors.expand(self.values.shape).movedim(dim, 0)
-        for part, places in _even_runs(self.places):
+        for part, places in even_runs(self.places):
             if factors is None:
                 target[places] = values[part]
             else:
@@ -275,15 +339,3 @@ def _side_by_side(kinds: list[_Heads], dim: int) -> torch.Tensor:
     for kind in kinds:
         kind.write_products(merged, dim)
     return merged
-
-
-def _even_runs(places: list[int]) -> Iterator[tuple[slice, slice]]:
-    """Cuts ascending places where their distance changes: for each run, where it is in the list, and its places."""
-    start = 0
-    while start < len(places):
-        step = places[start + 1] - places[start] if start + 1 < len(places) else 1
-        stop = start + 1
-        while stop < len(places) and places[stop] - places[stop - 1] == step:
-            stop += 1
-        yield slice(start, stop), slice(places[start], places[stop - 1] + 1, step)
-        start = stop
