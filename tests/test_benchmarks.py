@@ -22,7 +22,8 @@ ROWS = {
     "sweet_memory": 4,
     "branch_step": 2,
     "branch_memory": 1,
-    "constant_heads": 3,
+    "constant_heads": 6,
+    "constant_heads_memory": 1,
     "remote_code_load": 1,
 }
 

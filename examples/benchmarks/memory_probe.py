@@ -1,10 +1,12 @@
-"""Measures the peak memory of a training step, alone in its process, which `training.py` starts.
+"""Measures peak memory alone in its process: of a training step (`training.py` starts it), or of a forward with
+constant heads or without (`attention.py`).
 
     python memory_probe.py '{"encoder": …, "fields": {…}, "device": "cpu", "rows": 32, "length": 128}'
+    python memory_probe.py '{"of": "forward", "encoder": …, "choice": "all heads", "device": "cpu", …}'
 
 Prints JSON: `whole`, kB by which forward and backward raise the peak over what was there before (gradients
-included), and `activations`, kB a token: how much the peak grows from half the rows to all of them. Gradients,
-which do not depend on the rows, are in both and cancel out.
+included), and for training `activations`, kB a token: how much the peak grows from half the rows to all of them.
+Gradients, which do not depend on the rows, are in both and cancel out.
 """
 
 import json
@@ -12,6 +14,7 @@ import re
 import sys
 from pathlib import Path
 
+import attention
 import torch
 
 from hf_adaptive import AutoModelForSequenceClassificationWithExits
@@ -55,6 +58,12 @@ def main() -> None:
     job = json.loads(sys.argv[1])
     device = torch.device(job["device"])
     memory = AllocatorMemory() if device.type == "cuda" else ProcessMemory()
+    measure = forward_peak if job.get("of") == "forward" else training_peaks
+    print(json.dumps(measure(job, device, memory)))
+
+
+def training_peaks(job: dict, device: torch.device, memory: ProcessMemory | AllocatorMemory) -> dict[str, float]:
+    """Of a step of a classifier with exits."""
     model = AutoModelForSequenceClassificationWithExits.from_pretrained(
         job["encoder"], exit_pooling="mean", **job["fields"]
     )
@@ -63,8 +72,20 @@ def main() -> None:
     # What libraries and the file of the weights need is there after a first, small step.
     peak_of_step(model, 2, length, memory)
     half, whole = peak_of_step(model, rows // 2, length, memory), peak_of_step(model, rows, length, memory)
-    activations = (whole - half) / ((rows - rows // 2) * length)
-    print(json.dumps({"whole": whole, "activations": activations}))
+    return {"whole": whole, "activations": (whole - half) / ((rows - rows // 2) * length)}
+
+
+@torch.inference_mode()
+def forward_peak(job: dict, device: torch.device, memory: ProcessMemory | AllocatorMemory) -> dict[str, float]:
+    """Of layers with constant heads or without, on rows of mixed lengths."""
+    config = attention.layers_config(job["encoder"])
+    model = attention.backbone(config, attention.choices(config)[job["choice"]], job["length"]).to(device)
+    batch = attention.mixed_lengths(job["rows"], job["length"], config.vocab_size)
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    model(**{name: tensor[:2] for name, tensor in batch.items()})
+    memory.start()
+    model(**batch)
+    return {"whole": memory.rise()}
 
 
 def peak_of_step(model, rows: int, length: int, memory: ProcessMemory | AllocatorMemory) -> float:

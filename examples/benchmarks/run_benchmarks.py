@@ -21,7 +21,7 @@ import transformers
 from transformers import HfArgumentParser, set_seed
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
-from attention import constant_heads
+from attention import constant_heads, constant_heads_memory
 from inference import composition, cost_and_time, early_exit_in_batches, nothing_exits, one_at_a_time, prediction
 from loading import remote_code_load
 from measuring import describe_machine
@@ -46,6 +46,7 @@ ROWS: dict[str, Row] = {
         branch_step,
         branch_memory,
         constant_heads,
+        constant_heads_memory,
         remote_code_load,
         composition,
         cost_and_time,

@@ -133,18 +133,6 @@ class Workload:
     def few_texts(self) -> list[Example]:
         return self.texts[: self.size.few_texts]
 
-    @cached_property
-    def long_batch(self) -> dict[str, torch.Tensor]:
-        """Real text of evenly spread lengths, padded to the longest: texts are joined until they are long enough."""
-        texts = list(self._splits["timed"]["text"])
-        rows = []
-        for row in range(BATCH_SIZE):
-            joined = " ".join(texts[(row * 31 + place) % len(texts)] for place in range(LONGEST // 2))
-            length = self.longest - row * (self.longest - self.longest // 8) // BATCH_SIZE
-            encoded = self.tokenizer(joined, truncation=True, max_length=length)
-            rows.append({"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]})
-        return self.batch(rows)
-
     def batch(self, examples: Sequence[Example], length: int | None = None) -> dict[str, torch.Tensor]:
         """Examples padded to the longest of them, or to `length`; on the device."""
         length = length or max(len(example["input_ids"]) for example in examples)
