@@ -99,6 +99,16 @@ def test_the_path_agrees_with_measuring_every_point(table):
         assert measured.accuracy == pytest.approx(accuracy[point].item())
 
 
+def test_settings_spread_over_the_path_hold_both_ends_and_lie_evenly():
+    scores = torch.arange(1, 9)[:, None].expand(8, 2) / 10
+    path = SharedPath(ExitTable.from_predictions(scores, torch.zeros(8, 2), [0.5, 1.0], lowest_score=0.0))
+    for count, between in ((3, [0.45]), (5, [0.65, 0.45, 0.25])):
+        found = sorted((threshold for (threshold,) in path.spread(count) if threshold is not None), reverse=True)
+        assert found == pytest.approx([*between, 0.0])
+        assert (None,) in path.spread(count)
+    assert len(path.spread(9)) == len(path.spread(50)) == 9
+
+
 @pytest.mark.parametrize("per_exit", [False, True])
 @pytest.mark.parametrize("wish", WISHES, ids=str)
 def test_thresholds_survive_float_noise(wish, per_exit):
@@ -201,6 +211,10 @@ def test_result_is_plain_data():
         ({"target_cost": math.inf}, "positive number"),
         ({"max_accuracy_drop": -0.01}, "at least 0 and below 1.*got -0.01"),
         ({"max_accuracy_drop": 2}, r"Did you mean 0.02"),
+        ({"max_accuracy_drop": 1}, r"at least 0 and below 1.*got 1\. Did you mean 0.01"),
+        ({"max_disagreement": 1.5}, r"max_disagreement must be .*got 1\.5\. Did you mean 0.015"),
+        ({"max_disagreement": 100}, r"max_disagreement must be .*got 100\.$"),
+        ({"target_cost": -1}, "target_cost must be a positive number .*got -1"),
         ({"max_disagreement": math.nan}, "max_disagreement must be"),
     ],
 )

@@ -98,6 +98,15 @@ def test_intervals_of_an_accuracy_hold_it_and_narrow_with_the_examples(report):
     assert dataclasses.replace(report, metric_name="f1").interval(0.75) is None
 
 
+@pytest.mark.parametrize("accuracy", [0.0, 0.25, 0.75, 1.0])
+def test_ends_of_an_interval_are_where_the_accuracy_lies_1_96_standard_errors_away(report, accuracy):
+    """Wilson's: the standard error is that at the end, not at the accuracy seen."""
+    for end in report.interval(accuracy):
+        allowed = 1.959964**2 * end * (1 - end) / report.num_examples
+        assert (accuracy - end) ** 2 == pytest.approx(allowed, abs=1e-12)
+    assert dataclasses.replace(report, num_examples=100).interval(0.5) == pytest.approx((0.403832, 0.596168), abs=1e-6)
+
+
 def test_a_plain_model_in_training_mode_is_refused(model):
     plain = BertForSequenceClassification(tiny.model("bert").config.to_plain()).train()
     with pytest.raises(ValueError, match=r"call plain.eval\(\) first"):

@@ -217,3 +217,13 @@ def test_a_plain_configuration_survives_exits_and_back(name):
         own = hf_adaptive.make_class(architecture.config_name).from_plain(plain)
         assert own.exit_layers[-1] == plain.num_hidden_layers
         assert own.to_plain().to_dict() == plain.to_dict()
+
+
+def test_a_calibration_is_in_force_while_thresholds_and_temperatures_are_its_own():
+    stored = {"thresholds": [0.5, None], "temperatures": [2.0, 1.0, 1.0]}
+    record = {**dict.fromkeys(("wish", "guarantee", "measured", "profile")), "num_examples": 9, **stored}
+    fields = {"exit_thresholds": stored["thresholds"], "exit_temperatures": stored["temperatures"]}
+    assert tiny.config(**fields).calibration_in_force is None
+    assert tiny.config(**fields, exit_calibration=record).calibration_in_force == record
+    for changed in ({"exit_thresholds": [0.5, 0.5]}, {"exit_temperatures": None}):
+        assert tiny.config(**{**fields, **changed}, exit_calibration=record).calibration_in_force is None

@@ -1,5 +1,7 @@
 """Losses of the three kinds of problem at every exit, and labels that cannot be used."""
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional
@@ -48,6 +50,85 @@ def test_loss_of_rows_that_left_early_is_that_of_their_answers(case):
     outputs = model(**tiny.batch(ROWS), labels=labels, exit_at=2)
     torch.testing.assert_close(outputs.loss, loss(outputs.logits, labels))
     torch.testing.assert_close(outputs.logits, outputs.exit_logits[:, 1])
+
+
+def yes(score):
+    return 1 / (1 + math.exp(-score))
+
+
+def cross_entropy(scores, label):
+    return math.log(math.fsum(map(math.exp, scores))) - scores[label]
+
+
+def binary_cross_entropy(scores, labels):
+    pairs = zip(map(yes, scores), labels)
+    return -math.fsum(label * math.log(p) + (1 - label) * math.log(1 - p) for p, label in pairs) / len(scores)
+
+
+def squared_error(scores, labels):
+    return math.fsum((score - label) ** 2 for score, label in zip(scores, labels)) / len(scores)
+
+
+def is_right_class(scores, label):
+    return scores.index(max(scores)) == label
+
+
+def are_right_labels(scores, labels):
+    return all((score > 0) == (label > 0.5) for score, label in zip(scores, labels))
+
+
+NONE = [-100.0] * 3
+SEVERAL = [[1.0, 0, 0], [0.0, 0, 0], NONE, [1.0, 1, 1], [0.4, 0.9, 0.5], NONE]
+NUMBERS = [[0.5, -1.0, 2.0], [0.0, 0.0, 0.0], [1.0, 1.0, -1.0]] * 2
+BY_HAND = {
+    "single": (SINGLE, [2, 0, -100, 1, 1, -100], cross_entropy, is_right_class),
+    "multi": (MULTI, SEVERAL, binary_cross_entropy, are_right_labels),
+    "three numbers": (REGRESSION, NUMBERS, squared_error, None),
+}
+
+
+def mean(values):
+    values = list(values)
+    return math.fsum(values) / len(values)
+
+
+@pytest.mark.parametrize("case", BY_HAND)
+def test_loss_by_hand(case):
+    fields, labels, loss, _ = BY_HAND[case]
+    model = tiny.model(exit_loss_weights=WEIGHTS, **fields)
+    outputs = model(**tiny.batch(), labels=torch.tensor(labels))
+    rows = [(exits, label) for exits, label in zip(outputs.exit_logits.tolist(), labels) if label not in (-100, NONE)]
+    each = [mean(loss(exits[index], label) for exits, label in rows) for index in range(3)]
+    expected = math.fsum(weight * own for weight, own in zip(WEIGHTS, each))
+    assert outputs.loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("case", ["single", "multi"])
+def test_loss_of_learned_units_by_hand(case):
+    """The squared distance of a unit's certainty to 1 where its exit is right, and to 0 where it is wrong."""
+    fields, labels, loss, is_right = BY_HAND[case]
+    model = tiny.without_dropout(exit_criterion="learned", exit_loss_weights=WEIGHTS, **fields).train()
+    with torch.no_grad():  # an exit that is right on some rows and wrong on others, also of several labels
+        model.exits[2].classifier.weight.zero_()
+        model.exits[2].classifier.bias.copy_(torch.tensor([-1.0, 2.0, -0.5]))
+    outputs = model(**tiny.batch(), labels=torch.tensor(labels))
+    counted = [index for index, label in enumerate(labels) if label not in (-100, NONE)]
+    rights, expected = [], 0.0
+    for exit_index, weight in enumerate(WEIGHTS):
+        own = []
+        for row in counted:
+            scores = outputs.exit_logits[row, exit_index].tolist()
+            rights.append(is_right(scores, labels[row]))
+            certainty = outputs.exit_certainty[row, exit_index].item()
+            own.append(loss(scores, labels[row]) + (certainty - rights[-1]) ** 2)
+        expected += weight * mean(own)
+    assert outputs.loss.item() == pytest.approx(expected, rel=1e-5)
+    assert {True, False} == set(rights[-len(counted) :])
+
+
+def test_loss_of_learned_units_without_any_label_is_nothing():
+    model = tiny.without_dropout(exit_criterion="learned", **MULTI).train()
+    assert model(**tiny.batch(), labels=torch.full((ROWS, 3), -100.0)).loss.item() == 0
 
 
 def test_one_row_of_one_number():
