@@ -94,6 +94,14 @@ def row(inputs: dict[str, torch.Tensor], index: int) -> dict[str, torch.Tensor]:
     return {name: tensor[index : index + 1, keep] for name, tensor in inputs.items()}
 
 
+def assert_alike(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Answers of the same weights in another process or at another address.
+
+    Not bit by bit: some kernels add in another order there. Types, shapes and places of NaN have to be the same.
+    """
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5, equal_nan=True)
+
+
 def thresholds_between(model, inputs: dict[str, torch.Tensor], share: float = 0.5) -> list[float]:
     """One threshold an exit that about this share of the rows does not reach, far from every row's confidence."""
     with torch.no_grad():

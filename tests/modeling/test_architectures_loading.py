@@ -183,10 +183,10 @@ def test_saved_and_loaded_bit_for_bit(name, folders):
         assert type(loaded) is type(model)
         assert_same_state(loaded, model)
         with torch.no_grad():
-            assert torch.equal(loaded(**INPUTS).exit_logits, model(**INPUTS).exit_logits)
+            tiny.assert_alike(loaded(**INPUTS).exit_logits, model(**INPUTS).exit_logits)
     backbone = AutoModel.from_pretrained(folders(name, "exits"))
     with torch.no_grad():
-        assert torch.equal(
+        tiny.assert_alike(
             backbone(**INPUTS).last_hidden_state, model.base_model(**INPUTS, use_cache=False).last_hidden_state
         )
 
@@ -228,7 +228,7 @@ def test_new_tokens(name, tmp_path):
         more = {**INPUTS, "input_ids": INPUTS["input_ids"].clone()}
         more["input_ids"][0, 1] = architectures.VOCABULARY + 4
         loaded = WithExits.from_pretrained(tmp_path)
-        assert torch.equal(loaded(**more).exit_logits, model(**more).exit_logits)
+        tiny.assert_alike(loaded(**more).exit_logits, model(**more).exit_logits)
         model.set_input_embeddings(nn.Embedding(9, model.get_input_embeddings().embedding_dim))
     assert len(model.get_input_embeddings().weight) == 9
 
@@ -457,7 +457,7 @@ def test_a_backbone_from_outside_transformers_is_one_entry(mixer, tmp_path):
     mixer.save_pretrained(tmp_path / "plain")
     model = WithExits.from_pretrained(tmp_path / "plain", exit_layers=[1, 3])
     with torch.no_grad():
-        assert torch.equal(model(**INPUTS).logits, mixer(**INPUTS))
+        tiny.assert_alike(model(**INPUTS).logits, mixer(**INPUTS))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model.train()(**INPUTS, labels=tiny.labels()).loss.backward()
     optimizer.step()
@@ -485,7 +485,7 @@ def test_a_backbone_without_a_classifier_of_its_own(kind, register_mixer, tmp_pa
     assert info["missing_keys"] == {f"exits.{key}" for key in model.exits.state_dict()}
     assert_all_finite(model)
     with torch.no_grad():
-        assert torch.equal(model.base_model(**INPUTS).last_hidden_state, plain.base_model(**INPUTS).last_hidden_state)
+        tiny.assert_alike(model.base_model(**INPUTS).last_hidden_state, plain.base_model(**INPUTS).last_hidden_state)
         assert model(**INPUTS).exit_logits.shape == (6, 2, 2)
 
 

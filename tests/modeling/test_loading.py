@@ -174,7 +174,7 @@ def test_checkpoint_with_exits_comes_back_bit_for_bit(name, tmp_path):
         assert type(loaded) is type(model)
         assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
         outputs, expected = loaded(**inputs), model(**inputs)
-        assert torch.equal(outputs.logits, expected.logits)
+        tiny.assert_alike(outputs.logits, expected.logits)
         assert torch.equal(outputs.exit_index, expected.exit_index)
     assert type(AutoConfig.from_pretrained(tmp_path)) is type(model.config)
 
@@ -185,7 +185,7 @@ def test_auto_model_loads_the_backbone_without_exits(name, folders):
     model = WithExits.from_pretrained(folder)
     assert "exits" not in dict(backbone.named_children())
     own, expected = backbone(**tiny.batch()), model(**tiny.batch(), output_hidden_states=True)
-    assert torch.equal(own.last_hidden_state, expected.hidden_states[-1])
+    tiny.assert_alike(own.last_hidden_state, expected.hidden_states[-1])
 
 
 def test_wrong_architecture_names_both(folders):
@@ -323,7 +323,7 @@ def test_device_map(kind, device_map, folders):
     torch.manual_seed(1)
     plain = WithExits.from_pretrained(folder)
     if kind != "backbone":
-        assert torch.equal(model(**tiny.batch()).exit_logits, plain(**tiny.batch()).exit_logits)
+        tiny.assert_alike(model(**tiny.batch()).exit_logits, plain(**tiny.batch()).exit_logits)
     device = model.device
     inputs = {key: tensor.to(device) for key, tensor in tiny.batch().items()}
     assert model(**inputs, exit_at=2).exit_index.tolist() == [1] * 6
@@ -349,14 +349,14 @@ def test_new_tokens(name, folders, tmp_path):
     model = WithExits.from_pretrained(folders(name, "exits"))
     expected = model(**tiny.batch()).exit_logits
     model.resize_token_embeddings(tiny.VOCABULARY + 8)
-    assert torch.equal(model(**tiny.batch()).exit_logits, expected)
+    tiny.assert_alike(model(**tiny.batch()).exit_logits, expected)
     inputs = tiny.batch()
     inputs["input_ids"][0, 0] = tiny.VOCABULARY + 7
     assert model(**inputs, exit_at=1).logits.isfinite().all()
     model.save_pretrained(tmp_path)
     loaded = WithExits.from_pretrained(tmp_path)
     assert loaded.config.vocab_size == tiny.VOCABULARY + 8
-    assert torch.equal(loaded(**inputs).exit_logits, model(**inputs).exit_logits)
+    tiny.assert_alike(loaded(**inputs).exit_logits, model(**inputs).exit_logits)
 
 
 @pytest.mark.parametrize("kind", ["exits", "classifier"])
@@ -369,7 +369,7 @@ def test_sharded_checkpoint(kind, folders, tmp_path):
         source.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     loaded = WithExits.from_pretrained(tmp_path, exit_layers=tiny.EXIT_LAYERS)
-    assert torch.equal(loaded(**tiny.batch()).exit_logits, source(**tiny.batch()).exit_logits)
+    tiny.assert_alike(loaded(**tiny.batch()).exit_logits, source(**tiny.batch()).exit_logits)
 
 
 @pytest.mark.parametrize("kind", ["exits", "classifier"])
@@ -392,7 +392,7 @@ def test_subfolder(folders, tmp_path):
         copied(folders("bert", kind), tmp_path / kind / "inner")
         model = WithExits.from_pretrained(tmp_path / kind, subfolder="inner", exit_layers=tiny.EXIT_LAYERS)
         expected = WithExits.from_pretrained(tmp_path / kind / "inner", exit_layers=tiny.EXIT_LAYERS)
-        assert torch.equal(model(**tiny.batch()).exit_logits, expected(**tiny.batch()).exit_logits)
+        tiny.assert_alike(model(**tiny.batch()).exit_logits, expected(**tiny.batch()).exit_logits)
 
 
 def test_trained_exits_are_not_warned_of(folders, warnings_given):
@@ -421,7 +421,7 @@ def test_from_config_and_from_state_dict():
     model = WithExits.from_config(tiny.config("mpnet"))
     assert type(model).__name__ == "MPNetForSequenceClassificationWithExits"
     copy = type(model).from_pretrained(None, config=model.config, state_dict=model.state_dict())
-    assert torch.equal(copy(**tiny.batch()).exit_logits, model.eval()(**tiny.batch()).exit_logits)
+    tiny.assert_alike(copy(**tiny.batch()).exit_logits, model.eval()(**tiny.batch()).exit_logits)
     with pytest.raises(ValueError, match="cannot have exits; supported are"):
         WithExits.from_config(AutoConfig.for_model("t5"))
     with pytest.raises(ValueError, match=r"BertConfig.*BertWithExitsConfig\.from_plain"):
