@@ -16,7 +16,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # What depends on transformers most, with the lowest versions that pyproject.toml allows (but for torch and the extras).
 # README's table is left out: which attentions stock has depends on the version, and the newest is described.

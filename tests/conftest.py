@@ -7,10 +7,34 @@ from transformers.utils import logging as transformers_logging
 
 from tests import tiny
 
+# Begun first, because each is done by one of the workers: a long one that begins last leaves the others waiting.
+LONGEST = (
+    "test_exit_study",
+    "test_benchmarks",
+    "test_architectures_loading",
+    "test_constant_heads_in_models",
+    "test_architectures",
+    "test_onnx_export",
+    "test_risk_control",
+    "test_early_exit",
+    "test_export",
+    "test_examples",
+    "test_notebooks",
+    "test_branches",
+    "test_remote_code",
+    "test_cascade",
+)
+
 torch.set_num_threads(1)
 # A slow machine is no failure.
 hypothesis.settings.register_profile("tests", deadline=None)
 hypothesis.settings.load_profile("tests")
+
+
+def pytest_collection_modifyitems(items):
+    """Longest files first; the order within a file stays."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture(autouse=True)

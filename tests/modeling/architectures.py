@@ -93,6 +93,12 @@ def fields(name: str, **changed: Any) -> dict[str, Any]:
     return {key: value for key, value in values.items() if not (name == "gpt2" and key == "head_dim")}
 
 
+def two_layers(name: str) -> dict[str, Any]:
+    """Fields that leave the first two layers, one of each kind where there are two, for tests that compile them."""
+    types = fields(name).get("layer_types")
+    return {"num_hidden_layers": 2, **({} if types is None else {"layer_types": types[:2]})}
+
+
 def stock(name: str, suffix: str = "ForSequenceClassification", **changed: Any):
     """A stock model with random weights, in evaluation mode."""
     torch.manual_seed(0)

@@ -36,8 +36,12 @@ def export(model, **fixed):
     return torch.export.export(model, (), kwargs={**batch(), **fixed}, dynamic_shapes=shapes, strict=False).module()
 
 
-def cascade():
-    return CascadeForSequenceClassification.from_models([tiny.plain_model(num_hidden_layers=n) for n in (1, 2, 3)])
+def small():
+    return architectures.model("bert", num_hidden_layers=2, exit_layers=[1, 2])
+
+
+def cascade(depths=(1, 2)):
+    return CascadeForSequenceClassification.from_models([tiny.plain_model(num_hidden_layers=n) for n in depths])
 
 
 def assert_same(got, expected) -> None:
@@ -59,14 +63,14 @@ def test_an_exported_exit_takes_any_batch_and_runs_its_layers_only(name):
     assert_same(exported(**other, exit_at=2), model(**other, exit_at=2))
 
 
-@pytest.mark.parametrize("make", [lambda: architectures.model("bert"), cascade])
+@pytest.mark.parametrize("make", [small, cascade])
 def test_exported_exits_take_any_batch(make):
     model, other = make(), batch(5, 14)
     assert_same(export(model)(**other), model(**other))
 
 
 def test_an_exported_member_takes_any_batch():
-    model, other = cascade(), batch(5, 14)
+    model, other = cascade((1, 2, 3)), batch(5, 14)
     assert_same(export(model, exit_at=2)(**other, exit_at=2), model(**other, exit_at=2))
 
 
@@ -80,17 +84,17 @@ def test_a_traced_exit_takes_any_batch():
     assert_same({"logits": logits, "exit_logits": exit_logits, "exit_index": exit_index}, model(**other, exit_at=2))
 
 
-@pytest.mark.parametrize("make", [lambda: architectures.model("bert"), cascade])
+@pytest.mark.parametrize("make", [small, cascade])
 @pytest.mark.parametrize("as_graph", [traced, export])
 def test_rows_that_leave_on_their_own_are_no_graph(make, as_graph):
     model = make()
-    model.config.exit_thresholds = [0.5, 0.5]
+    model.config.exit_thresholds = [0.5]
     with pytest.raises(ValueError, match=r"exit_at=.*exit_thresholds = None"):
         as_graph(model)
 
 
 def test_compiled_as_one_graph_where_nothing_leaves():
-    model = architectures.model("bert", num_hidden_layers=2, exit_layers=[1, 2])
+    model = small()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     for exit_at in (None, 1):
         assert_same(compiled(**batch(), exit_at=exit_at), model(**batch(), exit_at=exit_at))
