@@ -80,13 +80,18 @@ def script_and_flags(words):
 
 
 HELP = """
-import contextlib, io, json, os, runpy, sys
+import contextlib, io, json, os, runpy, sys, traceback
 
 path, shown = list(sys.path), {}
 for script in sys.argv[1:]:
     sys.argv, sys.path, text = [script, "--help"], [os.path.dirname(script), *path], io.StringIO()
-    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
-        runpy.run_path(script, run_name="__main__")
+    try:
+        with contextlib.redirect_stdout(text):
+            runpy.run_path(script, run_name="__main__")
+    except SystemExit:
+        pass
+    except Exception:
+        traceback.print_exc(file=text)
     shown[script] = text.getvalue()
 print(json.dumps(shown))
 """
@@ -108,7 +113,7 @@ def test_a_command_names_a_script_and_flags_that_are_there(words, request):
     code = script.read_text(encoding="utf-8")
     if flags:
         shown = request.getfixturevalue("helps")[str(script)]
-        assert "usage:" in shown
+        assert "usage:" in shown, shown
         # A script may hand on what it does not know itself to `TrainingArguments`.
         handed_on = [f"--{one.name}" for one in fields(TrainingArguments)] if "TrainingArguments" in code else []
         missing = sorted(flag for flag in flags if flag not in shown and flag not in handed_on)
