@@ -22,6 +22,7 @@ from transformers import HfArgumentParser, set_seed
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 from attention import constant_heads, constant_heads_memory
+from host_work import host_work
 from inference import composition, cost_and_time, early_exit_in_batches, nothing_exits, one_at_a_time, prediction
 from loading import remote_code_load
 from measuring import describe_machine
@@ -40,6 +41,7 @@ ROWS: dict[str, Row] = {
         prediction,
         one_at_a_time,
         nothing_exits,
+        host_work,
         where_time_goes,
         sweet_step,
         sweet_memory,

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, LargeList, List, Value, concatenate_datasets
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import BatchEncoding
@@ -30,6 +30,34 @@ def rows_of(kind):
     return [{"input_ids": kind(ids), "attention_mask": kind(mask)} for ids, mask in zip(IDS, MASKS)]
 
 
+def data_sets():
+    """Of Arrow's ways to hold lists, and of ways to a part of a table."""
+    columns = {"input_ids": IDS, "attention_mask": MASKS}
+    plain = Dataset.from_dict(columns)
+    types = {
+        "large lists": (LargeList(Value("int32")), LargeList(Value("bool"))),
+        "small integers": (List(Value("uint8")), List(Value("int8"))),
+        "masks of floats": (List(Value("int64")), List(Value("float32"))),
+        "rows of shape (1, length)": (List(List(Value("int64"))), List(List(Value("int64")))),
+    }
+    wrapped = {name: [[row] for row in rows] for name, rows in columns.items()}
+    typed = {
+        name: Dataset.from_dict(
+            wrapped if name.startswith("rows") else columns,
+            features=Features({"input_ids": ids, "attention_mask": masks}),
+        )
+        for name, (ids, masks) in types.items()
+    }
+    return {
+        **typed,
+        "as tensors": plain.with_format("torch"),
+        "picked": concatenate_datasets([plain, plain]).select([3, 1, 5]),
+        "sliced": concatenate_datasets([plain, plain]).select(range(3, 6)),
+        "joined": concatenate_datasets([plain.select(range(2)), plain.select([2])]),
+        "made by a function": plain.with_transform(lambda batch: batch),
+    }
+
+
 HOLDERS = {
     "rows of lists": rows_of(list),
     "rows of tuples": rows_of(tuple),
@@ -48,6 +76,7 @@ HOLDERS = {
         "attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 1]]),
     },
     "data set": Dataset.from_dict({"input_ids": IDS, "attention_mask": MASKS, "text": ["a", "b", "c"]}),
+    **{f"data set, {name}": data for name, data in data_sets().items()},
     "map-style data set": MapStyle(),
 }
 
@@ -154,12 +183,36 @@ BAD_EXAMPLES = {
 }
 
 
+# What Arrow can hold in one column.
+AS_DATA_SET = (
+    *("mask that is shorter", "mask that is longer", "mask of twos", "mask of zeros", "row without tokens"),
+    *("segments that are shorter", "segments out of range", "negative tokens", "tokens not in the vocabulary"),
+    *("nothing for tokens", "a hole in the tokens", "rows of text", "only rows without tokens"),
+)
+
+
 @pytest.mark.parametrize("case", BAD_EXAMPLES)
 def test_what_cannot_be_read_is_named(case):
     examples, says = BAD_EXAMPLES[case]
     with pytest.raises(ValueError, match=says) as error:
         tiny.model().predict(examples, show_progress=False)
     assert "examples" in str(error.value)
+
+
+@pytest.mark.parametrize("case", AS_DATA_SET)
+def test_a_data_set_is_refused_in_the_same_words(case):
+    rows, says = BAD_EXAMPLES[case]
+    with pytest.raises(ValueError, match=says):
+        tiny.model().predict(Dataset.from_list(rows), show_progress=False)
+
+
+def test_rows_of_a_data_set_are_not_asked_for_one_by_one(monkeypatch):
+    data = Dataset.from_dict({"input_ids": [[5, 6]] * 3000, "label": [0] * 3000})
+    asked = []
+    getitem = Dataset.__getitem__
+    monkeypatch.setattr(Dataset, "__getitem__", lambda self, key: (asked.append(key), getitem(self, key))[1])
+    assert len(read_examples(data)) == 3000
+    assert len(asked) < 10
 
 
 def test_no_more_rows_are_read_than_there_are():

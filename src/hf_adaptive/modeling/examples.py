@@ -184,10 +184,34 @@ def _names(first: Any) -> tuple[str, ...]:
 
 
 def _parts(rows: Sequence[Mapping[str, Any]], names: tuple[str, ...], limits: dict[str, int]) -> Iterator[_Part]:
+    columns = rows.with_format("arrow", columns=list(names)) if _is_dataset(rows) else None
     for first in range(0, len(rows), _WINDOW):
-        window = [_checked_row(rows[row], row, names) for row in range(first, min(first + _WINDOW, len(rows)))]
-        flat = {name: _flattened(name, [row[name] for row in window], first) for name in names}
+        stop = min(first + _WINDOW, len(rows))
+        flat = None if columns is None else _flattened_by_arrow(columns[first:stop], names)
+        if flat is None:
+            window = [_checked_row(rows[row], row, names) for row in range(first, stop)]
+            flat = {name: _flattened(name, [row[name] for row in window], first) for name in names}
         yield _part(flat, first, limits)
+
+
+def _flattened_by_arrow(table: Any, names: tuple[str, ...]) -> dict[str, tuple[np.ndarray, np.ndarray]] | None:
+    """As `_flattened` for every column of a table; None if one is anything but plain lists of numbers of its kind.
+
+    Arrow has the values of a column one after another already, so that no number becomes an object of Python's.
+    """
+    flat = {}
+    for name in names:
+        lists = table.column(name).combine_chunks()
+        if lists.null_count or not hasattr(lists, "value_lengths"):
+            return None
+        values = lists.flatten()
+        if values.null_count or hasattr(values, "flatten"):
+            return None
+        numbers = values.to_numpy(zero_copy_only=False)
+        if numbers.dtype.kind not in _kinds(name):
+            return None
+        flat[name] = numbers, lists.value_lengths().to_numpy(zero_copy_only=False)
+    return flat
 
 
 def _checked_row(row: Any, number: int, names: tuple[str, ...]) -> Mapping[str, Any]:
