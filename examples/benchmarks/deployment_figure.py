@@ -1,0 +1,131 @@
+"""The plot of the comparison of deployments: accuracy over times as fast, with the front."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deployment_systems import OURS, SMALLER, TODAY
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
+
+if TYPE_CHECKING:
+    from deployment_results import Point
+
+COLORS = {TODAY: "#6b6b6b", SMALLER: "#d9730d", OURS: "#0b6e99"}
+MARKERS = {TODAY: "s", SMALLER: "^", OURS: "o"}
+
+
+def draw(title: str, points: Sequence["Point"], front: Sequence["Point"], path: Path) -> None:
+    """Writes the plot as PNG."""
+    figure = Figure(figsize=(10, 7.5), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.plot(
+        [point.speed.mean for point in front],
+        [point.accuracy.mean for point in front],
+        color="#c9c9c9",
+        linewidth=6,
+        solid_capstyle="round",
+        zorder=1,
+        label="front: nothing is better in both",
+    )
+    for kind in (TODAY, SMALLER, OURS):
+        _points(axes, kind, [point for point in points if point.kind == kind])
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_formatter("")
+    axes.set_xticks([tick for tick in (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if _is_near(tick, points)])
+    axes.margins(x=0.15, y=0.1)
+    axes.set(xlabel="times as fast as torch fp32, from text to class", ylabel="accuracy, %")
+    axes.set_title(f"{title}: accuracy over speed", fontsize=12, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="upper right", frameon=False, fontsize=9)
+    _label(axes, canvas, points)
+    figure.savefig(path, dpi=130)
+
+
+def _is_near(tick: float, points: Sequence["Point"]) -> bool:
+    speeds = [point.speed.mean for point in points]
+    return min(speeds) / 2 <= tick <= max(speeds) * 2
+
+
+def _points(axes: Any, kind: str, points: Sequence["Point"]) -> None:
+    style = {"color": COLORS[kind], "marker": MARKERS[kind], "markersize": 6}
+    for number, series in enumerate(dict.fromkeys(point.series for point in points)):
+        own = sorted((one for one in points if one.series == series), key=lambda one: one.speed.mean)
+        axes.errorbar(
+            [point.speed.mean for point in own],
+            [point.accuracy.mean for point in own],
+            yerr=_reach(own),
+            linewidth=1,
+            elinewidth=0.6,
+            zorder=2,
+            label=kind if number == 0 else None,
+            **style,
+        )
+
+
+def _reach(points: Iterable["Point"]) -> list[float]:
+    return [0.0 if one.accuracy.upper is None else one.accuracy.upper - one.accuracy.mean for one in points]
+
+
+def _label(axes: Any, canvas: Any, points: Sequence["Point"]) -> None:
+    """Writes names beside points where they cover neither a point nor a name, as far as there is room."""
+    canvas.draw()
+    renderer = canvas.get_renderer()
+    places = axes.transData.transform([(point.speed.mean, point.accuracy.mean) for point in points])
+    taken = [_box(x, y, 9, 9) for x, y in places]
+    for (x, y), point in sorted(zip(places, points), key=lambda pair: -pair[1].accuracy.mean):
+        text = axes.annotate(
+            _text(point), (0, 0), xycoords="figure pixels", fontsize=8, color=COLORS[point.kind], zorder=4
+        )
+        extent = text.get_window_extent(renderer)
+        spots = [_box(x + dx, y + dy, extent.width, extent.height) for dx, dy in _around(extent.width, extent.height)]
+        best = min(spots, key=lambda spot: _covered(spot, taken, axes.get_window_extent(renderer)))
+        taken.append(best)
+        text.remove()
+        inverse = axes.transData.inverted()
+        axes.annotate(
+            _text(point),
+            xy=(point.speed.mean, point.accuracy.mean),
+            xytext=inverse.transform(((best[0] + best[2]) / 2, (best[1] + best[3]) / 2)),
+            ha="center",
+            va="center",
+            fontsize=8,
+            color=COLORS[point.kind],
+            arrowprops={"arrowstyle": "-", "color": COLORS[point.kind], "linewidth": 0.4, "shrinkA": 0, "shrinkB": 3},
+            zorder=4,
+        )
+
+
+def _text(point: "Point") -> str:
+    return point.label if point.label == point.series else f"{point.series}: {point.label}"
+
+
+def _around(width: float, height: float) -> list[tuple[float, float]]:
+    """Where the middle of a label may stand, beside its point; near places first."""
+    spots = []
+    for step in range(8):
+        gap = 9 + 13 * step
+        spots += [(width / 2 + gap, 0), (0, height / 2 + gap), (0, -height / 2 - gap), (-width / 2 - gap, 0)]
+        for side in (1, -1):
+            spots += [(side * (width / 2 + gap / 2), height + gap), (side * (width / 2 + gap / 2), -height - gap)]
+    return spots
+
+
+def _box(x: float, y: float, width: float, height: float) -> tuple[float, float, float, float]:
+    return (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+
+
+def _covered(box: tuple[float, ...], taken: Sequence[tuple[float, ...]], within: Any) -> float:
+    """How much of what is there a label would cover, or stand outside."""
+    inside = _overlap(box, (within.x0, within.y0, within.x1, within.y1))
+    outside = (box[2] - box[0]) * (box[3] - box[1]) - inside
+    return outside + sum(_overlap(box, other) for other in taken)
+
+
+def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> float:
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    return max(width, 0.0) * max(height, 0.0)
