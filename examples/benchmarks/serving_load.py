@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -90,29 +90,60 @@ class Contender:
         )
 
 
-def measure(contender: Contender, texts: Sequence[Any], times: np.ndarray) -> Point:
-    """Sends a request at each of the times, and waits for the answers."""
+def measure(contender: Contender, texts: Sequence[Any], times: np.ndarray, hopeless_ms: float = float("inf")) -> Point:
+    """Sends a request at each of the times, and waits for the answers.
+
+    Args:
+        contender (`Contender`): What answers.
+        texts (`Sequence`): Tokenised rows, asked for in turn.
+        times (`np.ndarray`): When each request comes, in seconds.
+        hopeless_ms (`float`): No more is sent once so much lies between a request's time and its answer for more than
+            one in a hundred of all.
+    """
     finished = np.full(len(times), np.nan)
-    futures = []
+    late = LateAnswers(finished, hopeless_ms / 1000)
     with contender.engine() as engine:
-        start = time.perf_counter()
+        start = late.start = time.perf_counter()
         for number, due in enumerate(times.tolist()):
             while (wait := start + due - time.perf_counter()) > 0:
                 time.sleep(wait)
-            future = engine.submit(texts[number % len(texts)])
-            future.add_done_callback(lambda _, number=number: finished.__setitem__(number, time.perf_counter()))
-            futures.append(future)
-        give_up = start + times[-1] * (1 + _PATIENCE)
-        for future in futures:
-            try:
-                future.result(max(0.0, give_up - time.perf_counter()))
-            except TimeoutError:
-                future.cancel()
+            if late.count > len(times) / 100:
+                times = times[:number]
+                break
+            engine.submit(texts[number % len(texts)]).add_done_callback(late.noting(number, due))
+        engine.close()
         done = engine.statistics()
-    return _point(times, finished - start, done.exits, [mean_size(sizes) for sizes in done.batches])
+    finished = finished[: len(times)] - start
+    return _point(times, finished, done.exits, [mean_size(sizes) for sizes in done.batches])
 
 
-def simulate(contender: Contender, texts: Sequence[Any], times: np.ndarray) -> Point:
+class LateAnswers:
+    """When answers came, and how many came late.
+
+    Args:
+        finished (`np.ndarray`): Where the times are written.
+        limit (`float`): Seconds after which one is late.
+    """
+
+    def __init__(self, finished: np.ndarray, limit: float):
+        self.finished = finished
+        self.limit = limit
+        self.start = 0.0
+        self.count = 0
+
+    def noting(self, number: int, due: float) -> Callable[[Any], None]:
+        """What is called when the answer to a request is there."""
+
+        def note(_: Any) -> None:
+            now = self.finished[number] = time.perf_counter()
+            self.count += now - self.start - due > self.limit
+
+        return note
+
+
+def simulate(
+    contender: Contender, texts: Sequence[Any], times: np.ndarray, hopeless_ms: float = float("inf")
+) -> Point:
     """The same requests, in the time that the processor spends on them instead of that on the wall.
 
     Batches are chosen by the engine's scheduler and really run; the clock is moved on by the processor time of each,
@@ -125,6 +156,8 @@ def simulate(contender: Contender, texts: Sequence[Any], times: np.ndarray) -> P
     exits: Counter[int] = Counter()
     coming = 0
     while np.isnan(finished).any() and clock[0] < times[-1] * (1 + _PATIENCE):
+        if (finished - times > hopeless_ms / 1000).sum() > len(times) / 100:
+            break
         before = time.process_time()
         last = int(np.searchsorted(times, clock[0], side="right"))
         if last > coming:
