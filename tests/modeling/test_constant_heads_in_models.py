@@ -191,12 +191,13 @@ def test_a_compiled_layer_is_one_graph(name):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("name", ["bert", "modernbert"])
-def test_a_whole_model_is_compiled(name):
+def test_a_whole_model_is_compiled(name, backend):
     own, inputs = papa(name, num_hidden_layers=2, layer_types=None, constant_heads=[[0, 1], [1, 0]]), batch(name)
     expected = own(**inputs).logits
     torch.compiler.reset()
-    logits = torch.compile(own, backend="inductor")(**inputs).logits
+    logits = torch.compile(own, backend=backend)(**inputs).logits
     torch.compiler.reset()
     torch.testing.assert_close(logits, expected, **CLOSE)
 

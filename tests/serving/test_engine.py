@@ -1,10 +1,11 @@
 """The engine answers every row as the model does alone, whatever arrives, leaves, or goes wrong beside it."""
 
 import asyncio
+import contextlib
 import threading
 import time
 import weakref
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 
 import numpy as np
 import pytest
@@ -162,6 +163,39 @@ def test_a_full_engine_refuses_or_blocks(slow):
 
     assert len(asyncio.run(ask_all())) == 5
     blocking.close()
+
+
+def test_who_waits_for_a_cancelled_row_is_told(slow):
+    row = rows([5])[0]
+    engine = ExitsEngine(slow, max_batch_size=1)
+    running, waiting = engine.submit(row), engine.submit(row)
+    assert waiting.cancel()
+    slow.may_run.set()
+    done, unfinished = wait([running, waiting], timeout=20)
+    engine.close()
+    assert done == {running, waiting}
+    assert not unfinished
+
+
+def test_a_coroutine_that_is_cancelled_while_it_waits_for_a_place_leaves_it(slow):
+    row = rows([5])[0]
+    engine = ExitsEngine(slow, max_waiting=1, when_full="block")
+    first = engine.submit(row)
+
+    async def give_up():
+        waits = asyncio.ensure_future(engine.answer(row))
+        await asyncio.sleep(0.05)
+        waits.cancel()
+        slow.may_run.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await waits
+        # The place that it would have got is there for the next one, more than once.
+        for _ in range(3):
+            await asyncio.wait_for(engine.answer(row), timeout=20)
+
+    asyncio.run(give_up())
+    assert first.done()
+    engine.close()
 
 
 def test_a_deadline_passes_while_others_are_run(slow):
