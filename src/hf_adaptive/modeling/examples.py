@@ -184,7 +184,8 @@ def _names(first: Any) -> tuple[str, ...]:
 
 
 def _parts(rows: Sequence[Mapping[str, Any]], names: tuple[str, ...], limits: dict[str, int]) -> Iterator[_Part]:
-    columns = rows.with_format("arrow", columns=list(names)) if _is_dataset(rows) else None
+    dataset: Any = rows if _is_dataset(rows) else None
+    columns = None if dataset is None else dataset.with_format("arrow", columns=list(names))
     for first in range(0, len(rows), _WINDOW):
         stop = min(first + _WINDOW, len(rows))
         flat = None if columns is None else _flattened_by_arrow(columns[first:stop], names)
