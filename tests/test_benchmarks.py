@@ -38,7 +38,9 @@ def run(*arguments, folder):
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("encoder")
-    tiny.save_encoder(folder)
+    # As long as the length that constant heads have targets for.
+    for part in (tiny.plain_model("bert", "Model", max_position_embeddings=128), tiny.tokenizer()):
+        part.save_pretrained(folder)
     return folder
 
 
@@ -94,7 +96,7 @@ def test_table_names_targets_and_machine(measured):
     assert table.strip() in printed
     assert "CPU cores, 1 threads; torch" in table
     inference = ("≤ 1.1 ", "≤ 1.03 ", "≥ 3.8 ", "≥ 6 ", "≤ 20 ")
-    for target in (*inference, "≤ 1.05 ", "≤ 0.6 ", "≤ 0.85 ", "≤ 0.92 ", "≤ 1.3 "):
+    for target in (*inference, "≤ 1.05 ", "≤ 0.6 ", "≤ 0.8 ", "≤ 0.9 ", "≤ 1.3 "):
         assert f"| {target}|" in table, target
 
 

@@ -48,6 +48,7 @@ def a_reader(tmp_path, monkeypatch):
     monkeypatch.setattr(hf_adaptive.ExitsTrainer, "train", train_shortly)
 
 
+@tiny.on_few_rows
 def test_the_code_of_the_readme_runs(a_reader):
     known = {}
     for code in blocks(README, "python"):

@@ -211,6 +211,7 @@ def test_a_folder_that_holds_no_model(content, tmp_path):
         assert str(tmp_path) in str(error.value) or "model_type" in str(error.value)
 
 
+@tiny.on_few_rows
 def test_one_exit_has_nothing_to_calibrate_but_its_temperature():
     model = tiny.model(exit_layers=[4])
     with pytest.raises(ValueError, match=r"target_cost=0.5 is about leaving early, and the model has one exit only"):
@@ -219,6 +220,7 @@ def test_one_exit_has_nothing_to_calibrate_but_its_temperature():
     assert len(report.temperatures) == 1
 
 
+@tiny.on_few_rows
 def test_a_criterion_without_its_units():
     model = tiny.model()
     model.config.exit_criterion = "learned"

@@ -1,11 +1,16 @@
 """Tiny random models, batches and a tokenizer, made without a network."""
 
+import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import hf_adaptive
+
+# What the library rightly says of a handful of random rows, where a test is about something else.
+on_few_rows = pytest.mark.filterwarnings("ignore:No temperature between")
+on_rows_used_before = pytest.mark.filterwarnings("ignore:these examples are used for calibration")
 
 ARCHITECTURES = ("bert", "deberta", "mpnet", "roberta")
 LAYERS, HIDDEN, VOCABULARY, LABELS = 4, 16, 64, 3

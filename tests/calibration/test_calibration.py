@@ -102,6 +102,7 @@ def test_temperatures_alone(data):
 
 
 @pytest.mark.parametrize("criterion", ["confidence", "entropy", "patience", "learned"])
+@tiny.on_few_rows
 def test_every_criterion(data, criterion, tmp_path):
     model = tiny.model("bert", exit_criterion=criterion)
     report = calibrate_exits(model, data, target_cost=0.8, show_progress=False)
@@ -134,6 +135,7 @@ def test_disagreement_needs_no_labels():
         calibrate_exits(tiny.model("bert"), data, temperatures=True, target_cost=0.5, show_progress=False)
 
 
+@tiny.on_few_rows
 def test_several_labels_at_once():
     model = tiny.model("bert", problem_type="multi_label_classification")
     data = dataset(labels=False, count=60)

@@ -43,6 +43,7 @@ def changed(own, size):
     return other
 
 
+@tiny.on_few_rows
 def test_the_bound_is_measured_against_the_reference_s_last_exit(own, data):
     other = changed(own, 0.02)
     calibrator = ExitCalibrator(other, data, show_progress=False, reference=own)
@@ -63,6 +64,7 @@ def test_the_bound_is_measured_against_the_reference_s_last_exit(own, data):
     assert measured.accuracy + measured.accuracy_drop == pytest.approx(last)
 
 
+@tiny.on_few_rows
 def test_a_model_that_lost_too_much_by_the_change_alone_says_how_much(own, data):
     other = changed(own, 0.5)
     for confidence in (None, 0.9):
@@ -77,6 +79,7 @@ def test_a_model_that_lost_too_much_by_the_change_alone_says_how_much(own, data)
     assert f"has lost {report.choice.measured.disagreement:.2%} other answers" in str(report)
 
 
+@tiny.on_few_rows
 def test_the_model_as_its_own_reference_changes_nothing(own, data):
     plain, same = (
         ExitCalibrator(own, data, show_progress=False, reference=reference).calibrate(max_accuracy_drop=0.05)
@@ -100,6 +103,7 @@ def test_references_that_cannot_be_compared_are_refused(own, data):
         calibrate(tiny.model("bert", pad_token_id=0))
 
 
+@tiny.on_few_rows
 def test_an_exported_model_is_calibrated_against_the_float_one(own, data, tmp_path):
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")

@@ -104,10 +104,8 @@ def test_sweet_keeps_to_branch_and_head_and_the_trunk_is_plain_fine_tuning(name,
     stock(**INPUTS, labels=tiny.labels(ROWS)).loss.backward()
     trunk = stock_weights(own, found)
     for key, parameter in stock.named_parameters():
-        if name == "eurobert":  # its stock classifier pools in another order
-            torch.testing.assert_close(trunk[key], parameter.grad)
-        else:
-            assert torch.equal(trunk[key], parameter.grad), key
+        # Not bit by bit: some kernels add in another order where tensors lie at another address.
+        torch.testing.assert_close(trunk[key], parameter.grad, atol=1e-6, rtol=1e-5, msg=key)
     for index, alone in enumerate(losses_apart(own)):
         for key in found:
             if key.startswith(f"exits.{index}."):
@@ -272,6 +270,8 @@ def test_costs_under_thresholds_leave_out_what_is_not_run():
     assert config.exit_costs_under([None, 2]) == config.exit_costs
 
 
+@tiny.on_few_rows
+@tiny.on_rows_used_before
 def test_a_report_and_a_calibration_count_the_branches():
     own = architectures.model("bert", exit_branch_layers=1)
     labels = own(**INPUTS).exit_logits[:, -1].argmax(dim=-1).tolist()

@@ -472,6 +472,7 @@ def test_every_kind_of_problem(kind, num_labels, labels):
 
 
 @pytest.mark.parametrize("criterion", ["confidence", "entropy", "patience"])
+@tiny.on_few_rows
 def test_calibrated_and_evaluated(criterion):
     model = cascade(num_labels=2)
     model.config.exit_criterion = criterion

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests import tiny
 from tests.modeling import predicting_processes
 
 
@@ -40,6 +41,7 @@ def test_data_that_somebody_divided_are_left_alone(launched):
         torch.testing.assert_close(found["own"], predicting_processes.own_answers(rank), atol=1e-6, rtol=1e-5)
 
 
+@tiny.on_few_rows
 def test_answers_are_those_of_one_process(launched):
     alone = {**predicting_processes.answers(), **predicting_processes.report_and_thresholds()}
     assert launched[0].keys() == alone.keys() | {"own"}

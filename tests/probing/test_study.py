@@ -135,6 +135,7 @@ def test_more_may_be_added_but_other_settings_are_refused(run):
         run("texts", epochs=2)
 
 
+@tiny.on_few_rows
 def test_constant_heads_and_exits_alone_and_together_with_their_time(run, folder):
     flags = {"exits_on": ("model/texts",), "seeds": (0,)}
     (part,) = run("texts", **flags)["parts"]
