@@ -16,7 +16,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 30
 
 # What depends on transformers most, with the lowest versions that pyproject.toml allows (but for torch and the extras).
 # README's table is left out: which attentions stock has depends on the version, and the newest is described.
@@ -28,7 +28,8 @@ test-lowest:
 
 # What is exported; in `make test` these are left out where onnx is not installed.
 test-onnx: $(VENV)/.onnx
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ONNX_TESTS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ONNX_TESTS) \
+		-k "deployment or onnx or exported_classifier or exported_model or code_of_the_readme"
 
 # Exported classifiers, which need no torch, on another Python; and no file of ours is one that it cannot read.
 test-second: $(VENV)/.onnx

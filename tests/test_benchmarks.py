@@ -23,7 +23,7 @@ ROWS = {
     "sweet_memory": 4,
     "branch_step": 2,
     "branch_memory": 1,
-    "constant_heads": 6,
+    "constant_heads": 12,
     "constant_heads_memory": 1,
     "remote_code_load": 1,
 }
