@@ -191,8 +191,15 @@ def test_a_compiled_layer_is_one_graph(name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("name", ["bert", "modernbert"])
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        ("bert", "aot_eager"),
+        ("modernbert", "aot_eager"),
+        ("modernbert", "inductor"),
+        pytest.param("bert", "inductor", marks=pytest.mark.slow),
+    ],
+)
 def test_a_whole_model_is_compiled(name, backend):
     own, inputs = papa(name, num_hidden_layers=2, layer_types=None, constant_heads=[[0, 1], [1, 0]]), batch(name)
     expected = own(**inputs).logits

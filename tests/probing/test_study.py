@@ -78,7 +78,7 @@ def rows(task, count, seed):
     return Dataset.from_dict({"text": texts, "label": labels})
 
 
-@pytest.mark.parametrize("fixed_positions", [False, True])
+@pytest.mark.parametrize("fixed_positions", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_one_command_gives_a_page_on_all_tasks(run, folder, fixed_positions):
     results = run("texts", "words", "pairs", fixed_positions=fixed_positions)
     page = folder / "out" / "page"
