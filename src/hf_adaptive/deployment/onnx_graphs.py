@@ -53,6 +53,10 @@ class StageGraphs:
         options = runtime.SessionOptions()
         options.intra_op_num_threads = _checked_threads(threads)
         options.log_severity_level = 3
+        if len(self.stages) > 1:
+            # Each graph has threads of its own. Waiting in a loop for the next call, as they do by default, those of
+            # the graph that ran before would take the processor from the one that runs now.
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self._sessions = [_session(runtime, folder / stage.file, options, chosen) for stage in self.stages]
         for stage, session in zip(self.stages, self._sessions):
             _check_names(stage, session, folder)
