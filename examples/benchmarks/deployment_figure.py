@@ -1,5 +1,6 @@
 """The plot of the comparison of deployments: accuracy over times as fast, with the front."""
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +15,17 @@ if TYPE_CHECKING:
 
 COLORS = {TODAY: "#6b6b6b", SMALLER: "#d9730d", OURS: "#0b6e99"}
 MARKERS = {TODAY: "s", SMALLER: "^", OURS: "o"}
+# What loses more points than this is named under the title, so that the others can be told apart.
+LOWEST = 12.0
 
 
 def draw(title: str, points: Sequence["Point"], front: Sequence["Point"], path: Path) -> None:
-    """Writes the plot as PNG."""
+    """Writes the plot as PNG: names stand at the front, and at the fastest point of every other line."""
+    floor = max(point.accuracy.mean for point in points) - LOWEST
+    below = [point for point in points if point.accuracy.mean < floor]
+    points = [point for point in points if point.accuracy.mean >= floor]
+    fastest = {point.series: point for point in sorted(points, key=lambda one: one.speed.mean)}
+    named = [point for point in points if point in front or point is fastest[point.series]]
     figure = Figure(figsize=(10, 7.5), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -38,11 +46,18 @@ def draw(title: str, points: Sequence["Point"], front: Sequence["Point"], path: 
     axes.set_xticks([tick for tick in (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if _is_near(tick, points)])
     axes.margins(x=0.15, y=0.1)
     axes.set(xlabel="times as fast as torch fp32, from text to class", ylabel="accuracy, %")
-    axes.set_title(f"{title}: accuracy over speed", fontsize=12, loc="left")
+    axes.set_ylim(bottom=floor - 0.5)
+    words = [f"{title}: accuracy over speed", *([_outside(below)] if below else [])]
+    axes.set_title("\n".join(words), fontsize=9, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="upper right", frameon=False, fontsize=9)
-    _label(axes, canvas, points)
+    _label(axes, canvas, named)
     figure.savefig(path, dpi=130)
+
+
+def _outside(points: Sequence["Point"]) -> str:
+    named = ", ".join(f"{_text(point)} ({point.accuracy.mean:.1f} %)" for point in points)
+    return "\n".join(textwrap.wrap(f"Below the picture: {named}.", 150))
 
 
 def _is_near(tick: float, points: Sequence["Point"]) -> bool:
