@@ -1,4 +1,5 @@
-# make demo, make test, make test-lowest, make test-onnx, make test-second: each sets up all it needs; only Python 3.10+ and pip have to be there.
+# make demo, make test, make test-lowest, make test-onnx, make test-second: each sets up all it needs; only Python 3.10+
+# and pip have to be there.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -19,10 +20,11 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 30
 
 # What depends on transformers most, with the lowest versions that pyproject.toml allows (but for torch and the extras).
-# README's table is left out: which attentions stock has depends on the version, and the newest is described.
+# Warnings are no errors here: old versions have some of their own. README's table is left out: which attentions stock has
+# depends on the version, and the newest is described.
 test-lowest:
 	$(MAKE) VENV=.venv-lowest .venv-lowest/.lowest
-	.venv-lowest/bin/python -m pytest -n 2 --dist loadfile -k "not compiled and not table_in_the_readme" \
+	.venv-lowest/bin/python -m pytest -n 2 --dist loadfile -W default -k "not compiled and not table_in_the_readme" \
 		tests/modeling/test_architectures.py tests/modeling/test_architectures_loading.py \
 		tests/modeling/test_golden_sweet.py tests/training/test_trainer.py
 
