@@ -13,8 +13,9 @@ from hf_adaptive.modeling.scheduling import StageResult, WaitingRow
 from hf_adaptive.serving import ExitsEngine
 from hf_adaptive.serving.engine import make_flow
 
-# Mean number of requests that come together in a burst.
-BURST = 16
+# Mean number of requests that come together in a burst. Of 16 together, the last would wait for longer than the limit
+# whatever answers them: a limit of four texts' time has room for bursts of a few.
+BURST = 4
 # After so many times the point's seconds, an engine that is still behind is given up.
 _PATIENCE = 3
 
