@@ -4,8 +4,10 @@ import importlib
 import os
 import signal
 import sys
+import time
 
 import httpx
+import psutil
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -15,7 +17,11 @@ from hf_adaptive.serving.loading import load_for_serving
 from tests import tiny
 
 ray = pytest.importorskip("ray")
-pytestmark = pytest.mark.skipif("RUN_RAY" not in os.environ, reason="takes minutes: RUN_RAY=1 runs it")
+pytestmark = [
+    pytest.mark.skipif("RUN_RAY" not in os.environ, reason="takes minutes: RUN_RAY=1 runs it"),
+    # Two workers are too many for so few texts, and other advice of Ray's.
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::RuntimeWarning"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -87,15 +93,35 @@ def test_a_folder_of_texts_is_answered_and_a_killed_worker_loses_nothing(checkpo
     assert done == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
 
 
-def test_two_replicas_answer_as_the_model(checkpoint, cluster):
+def replicas():
+    """Processes of the replicas, which Ray names by what they run."""
+    return [one for one in psutil.process_iter(["cmdline"]) if "ServeReplica" in " ".join(one.info["cmdline"] or [])]
+
+
+def asked(client, texts):
+    """Labels and layers run, or nothing while a replica is being replaced."""
+    response = client.post("http://127.0.0.1:8765/", json={"inputs": texts})
+    return [(one[0]["label"], one[0]["layers_run"]) for one in response.json()] if response.is_success else None
+
+
+def test_two_replicas_answer_as_the_model_and_a_killed_one_is_replaced(checkpoint, cluster):
     serve_ray = importlib.import_module("serve_ray")
     serve = importlib.import_module("ray.serve")
     serve.start(http_options={"host": "127.0.0.1", "port": 8765})
     serve.run(serve_ray.application(str(checkpoint), least=2, most=2, target=8))
     texts = tiny.sentences(20)
+    answers = expected(checkpoint, texts)
     with httpx.Client(timeout=60) as client:
-        answers = client.post("http://127.0.0.1:8765/", json={"inputs": texts}).json()
+        assert asked(client, texts) == answers
         bad = client.post("http://127.0.0.1:8765/", content="no JSON")
-    assert [(one[0]["label"], one[0]["layers_run"]) for one in answers] == expected(checkpoint, texts)
-    assert (bad.status_code, bad.json()["error_type"]) == (400, "json")
+        assert (bad.status_code, bad.json()["error_type"]) == (400, "json")
+        first = {one.pid for one in replicas()}
+        assert len(first) == 2
+        os.kill(min(first), signal.SIGKILL)
+        limit = time.monotonic() + 120
+        while len(now := {one.pid for one in replicas()}) < 2 or min(first) in now:
+            assert asked(client, texts) in (answers, None)
+            assert time.monotonic() < limit, "the killed replica was not replaced"
+            time.sleep(1)
+        assert asked(client, texts) == answers
     serve.shutdown()
