@@ -1,5 +1,7 @@
 """One core, fixed seeds, and warnings that are given once per test rather than once per run."""
 
+import gc
+
 import hypothesis
 import pytest
 import torch
@@ -35,6 +37,13 @@ def pytest_collection_modifyitems(items):
     """Longest files first; the order within a file stays."""
     order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _imports_are_no_garbage():
+    """Each `Trainer.train` collects garbage, and takes longest to look through what was imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
