@@ -25,6 +25,7 @@ from attention import constant_heads, constant_heads_memory
 from host_work import host_work
 from inference import composition, cost_and_time, early_exit_in_batches, nothing_exits, one_at_a_time, prediction
 from loading import remote_code_load
+from many_rows import many_rows
 from measuring import describe_machine
 from profiling import where_time_goes
 from results import CurvePoint, Result, Results
@@ -42,6 +43,7 @@ ROWS: dict[str, Row] = {
         one_at_a_time,
         nothing_exits,
         host_work,
+        many_rows,
         where_time_goes,
         sweet_step,
         sweet_memory,

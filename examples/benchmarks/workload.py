@@ -64,12 +64,13 @@ class Size:
     few_texts: int
     step_batches: int
     memory_rows: int
+    many_rows: int
     repeats: int
     bert_is_random: bool
 
 
-FULL = Size("mpnet", [1, 4, 6, 12], [3, 6, 9, 12], 1024, 2048, 512, 6, 32, 5, bert_is_random=True)
-QUICK = Size("minilm", [1, 2, 4, 6], None, 512, 512, 128, 2, 16, 2, bert_is_random=False)
+FULL = Size("mpnet", [1, 4, 6, 12], [3, 6, 9, 12], 1024, 2048, 512, 6, 32, 1_000_000, 5, bert_is_random=True)
+QUICK = Size("minilm", [1, 2, 4, 6], None, 512, 512, 128, 2, 16, 20_000, 2, bert_is_random=False)
 
 
 class Workload:

@@ -1,6 +1,7 @@
 """Tokenised examples are read alike from whatever holds them; what cannot be read is named by its row."""
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from datasets import Dataset, Features, LargeList, List, Value, concatenate_datasets
@@ -213,6 +214,14 @@ def test_rows_of_a_data_set_are_not_asked_for_one_by_one(monkeypatch):
     monkeypatch.setattr(Dataset, "__getitem__", lambda self, key: (asked.append(key), getitem(self, key))[1])
     assert len(read_examples(data)) == 3000
     assert len(asked) < 10
+
+
+def test_a_data_set_is_not_copied():
+    rows = Dataset.from_dict({"input_ids": [[5] * 40] * 3000, "attention_mask": [[1] * 40] * 3000})
+    before = pyarrow.total_allocated_bytes()
+    read = read_examples(rows)
+    assert pyarrow.total_allocated_bytes() - before < 0.1 * rows.data.nbytes
+    assert len(read) == 3000
 
 
 def test_no_more_rows_are_read_than_there_are():

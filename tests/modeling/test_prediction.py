@@ -40,6 +40,13 @@ def far_from(confidence, threshold):
     return (above + below) / 2 if above - below > 1e-4 else None
 
 
+def test_more_rows_than_are_split_into_batches_at_once():
+    model, rows = MODELS["bert", "mean"], examples([1 + number % 7 for number in range(300)])
+    single, batched = (model.predict(rows, batch_size=size, show_progress=False) for size in (1, 32))
+    assert single.exit_index.tolist() == batched.exit_index.tolist()
+    torch.testing.assert_close(single.logits, batched.logits, atol=2e-5, rtol=1e-4)
+
+
 @settings(max_examples=25)
 @given(
     name=st.sampled_from(tiny.ARCHITECTURES),

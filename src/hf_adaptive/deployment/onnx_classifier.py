@@ -215,7 +215,7 @@ class OnnxClassifierWithExits:
         stages = self.staged(exit_thresholds, exit_at)
         rows = stages.read(examples)
         order = np.argsort(-rows.lengths, kind="stable")
-        batches = sorted_batches(order, rows.lengths[order].tolist(), batch_size, stages.start_cost)
+        batches = sorted_batches(order, rows.lengths[order], batch_size, stages.start_cost)
         flow = StagedFlow(stages, StageScheduler(stages.stages, batch_size, stages.start_cost))
         answers = _Collected(len(rows))
         with _progress(len(rows), show_progress) as advance:

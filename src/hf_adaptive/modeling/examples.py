@@ -120,10 +120,10 @@ class TokenisedExamples:
     def __init__(self, names: tuple[str, ...], parts: list[_Part]):
         self.has_masks = "attention_mask" in names
         self.names = names if self.has_masks else (*names, "attention_mask")
-        self.lengths = np.concatenate([part.lengths for part in parts])
+        self.lengths = np.concatenate([part.lengths for part in parts], dtype=np.int32)
         self.is_whole = np.concatenate([part.is_whole for part in parts])
         self._values = [part.values for part in parts]
-        self._starts = np.concatenate([part.starts for part in parts])
+        self._starts = np.concatenate([part.starts for part in parts], dtype=np.int32)
         self._part_of = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part.lengths) for part in parts])
 
     def __len__(self) -> int:
@@ -202,7 +202,9 @@ def _flattened_by_arrow(table: Any, names: tuple[str, ...]) -> dict[str, tuple[n
     """
     flat = {}
     for name in names:
-        lists = table.column(name).combine_chunks()
+        column = table.column(name)
+        # Combining copies even a single chunk.
+        lists = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
         if lists.null_count or not hasattr(lists, "value_lengths"):
             return None
         values = lists.flatten()

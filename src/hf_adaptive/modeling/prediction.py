@@ -185,17 +185,23 @@ class LengthSortedBatches:
         self.batch_size = batch_size
         self.start_cost = start_cost
         self.rows = rows
-        self.lengths = torch.from_numpy(rows.lengths)
-        self._order = self.lengths.argsort(descending=True, stable=True)
-        self._shares = Shares(self.lengths, device, is_alone)
-        self._own = self._order[self._shares.own()]
+        lengths = torch.from_numpy(rows.lengths)
+        self._shares = Shares(lengths, device, is_alone)
+        # In few bytes: for short texts, numbers of eight bytes are much beside the texts themselves.
+        self._order = lengths.argsort(descending=True, stable=True).to(torch.int32)
+        self._own = self._order if self._shares.are_all else self._order[self._shares.own()]
 
     def __len__(self) -> int:
         return len(self._own)
 
     def __iter__(self) -> Iterator[tuple[list[WaitingRow], np.ndarray]]:
-        lengths, numbers = self.lengths[self._own].tolist(), self._own.numpy()
-        return sorted_batches(numbers, lengths, self.batch_size, self.start_cost)
+        numbers = self._own.numpy()
+        return sorted_batches(numbers, self.rows.lengths[numbers], self.batch_size, self.start_cost)
+
+    def places(self, rows: Sequence[WaitingRow]) -> torch.Tensor:
+        """Where the answers to some rows belong among those of this process."""
+        places = torch.tensor([row.number for row in rows], dtype=torch.long)
+        return self._order[places].long() if self._shares.are_all else places
 
     def in_order_of_examples(self, answers: Answers) -> Answers:
         """Answers to all examples in their order, on the CPU, from those to the rows of this process."""
@@ -203,7 +209,9 @@ class LengthSortedBatches:
         return Answers(self._in_order(answers.logits), self._in_order(answers.exit_index), certainty)
 
     def _in_order(self, values: torch.Tensor) -> torch.Tensor:
-        return self._shares.join(values)[self._order.argsort()]
+        # A process that has every row wrote each answer where it belongs.
+        joined = self._shares.join(values)
+        return joined if self._shares.are_all else joined[self._order.argsort()]
 
 
 class StagedRun:
@@ -231,6 +239,5 @@ class StagedRun:
     def _note(self, left: list[WaitingRow], answers: Answers) -> None:
         if self.answers is None:
             self.answers = Answers.none_yet(len(self.batches), answers.logits.shape[1], answers.of_exit(0))
-        places = torch.tensor([row.number for row in left], dtype=torch.long, device=answers.logits.device)
-        self.answers.put(places, answers)
+        self.answers.put(self.batches.places(left).to(answers.logits.device), answers)
         self.bar.update(len(left))

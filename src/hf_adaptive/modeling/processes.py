@@ -32,6 +32,11 @@ class Shares:
         if self._state is not None:
             _check_agreement(lengths, self._state.device)
 
+    @property
+    def are_all(self) -> bool:
+        """Whether this process has every item."""
+        return self._state is None
+
     def own(self) -> torch.Tensor:
         """Indexes of this process's items: every n-th, so that shares of sorted items are alike.
 

@@ -25,6 +25,9 @@ import numpy as np
 
 from .examples import TokenisedExamples
 
+# Full batches of a data set that are split into the cheapest sizes at a time, so that the memory for it does not grow
+# with the data; where one span ends, a batch may be less than full.
+_BATCHES_SPLIT_AT_ONCE = 256
 # From so many batches' worth of waiting rows batches of similar length are made.
 WINDOW_BATCHES = 4
 # Entries of rows that wait no longer which are not worth being looked for.
@@ -361,20 +364,23 @@ class StagedFlow(Generic[Batch, Answers]):
 
 
 def sorted_batches(
-    numbers: np.ndarray, lengths: Sequence[int], limit: int, overhead: int
+    numbers: np.ndarray, lengths: np.ndarray, limit: int, overhead: int
 ) -> Iterator[tuple[list[WaitingRow], np.ndarray]]:
     """A data set's rows as batches for the first stage, numbered in the order in which they come.
 
     Args:
         numbers (`np.ndarray` of shape `(rows,)`): Numbers of examples, the longest first.
-        lengths (`Sequence[int]`): Their tokens.
+        lengths (`np.ndarray` of shape `(rows,)`): Their tokens.
         limit, overhead: As in [`cheapest_sizes`].
     """
+    span = _BATCHES_SPLIT_AT_ONCE * limit
     start = 0
-    for size in cheapest_sizes(lengths, limit, overhead):
-        places = range(start, start + size)
-        yield [WaitingRow(place, lengths[place]) for place in places], numbers[start : start + size]
-        start += size
+    for first in range(0, len(numbers), span):
+        of_span = lengths[first : first + span].tolist()
+        for size in cheapest_sizes(of_span, limit, overhead):
+            rows = [WaitingRow(place, of_span[place - first]) for place in range(start, start + size)]
+            yield rows, numbers[start : start + size]
+            start += size
 
 
 def cheapest_sizes(lengths: Sequence[int], limit: int, overhead: int, max_tokens: int | None = None) -> list[int]:
