@@ -23,7 +23,7 @@ class AutoModelForSequenceClassificationWithExits:
         raise OSError(f"{type(self).__name__} is made with from_pretrained(path, ...) or from_config(config).")
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         """Loads a checkpoint saved with exits, or gives exits to a plain one of a supported architecture.
 
         Args:

@@ -8,7 +8,7 @@ from pathlib import Path
 from .modeling.switch import replaced_files
 
 
-def write_whole(path: str | os.PathLike, write: Callable[[str], object]) -> None:
+def write_whole(path: str | os.PathLike[str], write: Callable[[str], object]) -> None:
     """Calls `write` with the path of a draft beside `path`, and moves the draft there when it is done.
 
     The draft has the same name, for writers that choose the kind of file by its ending. Files that belong together

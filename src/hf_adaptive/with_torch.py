@@ -9,7 +9,8 @@ from .deployment.onnx_export import export_onnx
 from .evaluation import ExitReport, evaluate_exits
 from .hub import choose_card_to_upload
 from .modeling.architectures import ARCHITECTURES, Architecture, register_architecture
-from .modeling.cascade import CascadeConfig, CascadeForSequenceClassification
+from .modeling.cascade import CascadeForSequenceClassification
+from .modeling.cascade_configuration import CascadeConfig
 from .modeling.exits import ExitsMixin
 from .modeling.heads import Head
 from .modeling.outputs import SequenceClassifierWithExitsOutput

@@ -15,10 +15,10 @@ from ..evaluation.data_use import note_use
 from ..files import write_whole
 from ..modeling.answers import Answers, choose_exits
 from ..modeling.checks import check_choice, check_classifier, check_count
-from ..modeling.criteria import CRITERIA, ThresholdPolicy
+from ..modeling.criteria import CRITERIA, ThresholdPolicy, problem_type
 from ..modeling.examples import as_rows
 from ..modeling.exit_profile import cells, count_cells
-from ..modeling.labels import has_label, labels_of, problem_type
+from ..modeling.labels import has_label, labels_of
 from .exit_table import ExitTable, Thresholds
 from .reference import check_reference, run_all_exits
 from .risk_control import candidate_settings, find_guaranteed_thresholds, split_examples
@@ -94,7 +94,7 @@ class CalibrationReport:
             "profile": profile,
         }
 
-    def to_json(self, path: str | os.PathLike) -> None:
+    def to_json(self, path: str | os.PathLike[str]) -> None:
         """Writes the report, whole or not at all."""
         write_whole(path, lambda draft: Path(draft).write_text(json.dumps(self.to_dict(), indent=2) + "\n"))
 

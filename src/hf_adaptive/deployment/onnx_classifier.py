@@ -110,7 +110,7 @@ class OnnxClassifierWithExits:
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | os.PathLike,
+        folder: str | os.PathLike[str],
         providers: Sequence[str] | None = None,
         threads: int | None = None,
     ) -> "OnnxClassifierWithExits":
@@ -137,7 +137,7 @@ class OnnxClassifierWithExits:
         _check_fit(graphs, config, path)
         return cls(graphs, config, path, stages)
 
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes the classifier with its present configuration (after a calibration, say), whole or not at all.
 
         Args:

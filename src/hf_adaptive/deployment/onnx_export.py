@@ -25,7 +25,7 @@ TOLERANCE = 1e-5
 
 def export_onnx(
     model: Any,
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     tokenizer: Any = None,
     quantize: str | None = None,
     *,

@@ -131,7 +131,7 @@ def _draw_ranges(mark: Mark, colour: str, area: "Axes") -> None:
         area.hlines(mark.score, *mark.x_range, color=colour, linewidth=1.4, alpha=0.7)
 
 
-def _legend(axes: Sequence["Axes"]) -> tuple[list, list[str]]:
+def _legend(axes: Sequence["Axes"]) -> tuple[list[Any], list[str]]:
     """Every label once, whichever panel it is in."""
     found = {label: handle for area in axes for handle, label in zip(*area.get_legend_handles_labels(), strict=True)}
     return list(found.values()), list(found)

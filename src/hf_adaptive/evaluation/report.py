@@ -16,9 +16,9 @@ import torch
 from ..files import write_whole
 from ..modeling.answers import Answers, choose_exits
 from ..modeling.checks import check_classifier, check_count, is_number, shortened
-from ..modeling.criteria import CRITERIA, ThresholdPolicy
+from ..modeling.criteria import CRITERIA, ThresholdPolicy, problem_type
 from ..modeling.examples import as_rows
-from ..modeling.labels import LABEL_COLUMNS, has_label, labels_of, problem_type
+from ..modeling.labels import LABEL_COLUMNS, has_label, labels_of
 from .data_use import note_use
 from .metrics import Metric, default_metric, metric_name, score
 from .plain import plain_logits
@@ -109,12 +109,12 @@ class ExitReport:
         """Plain values, as in the JSON file."""
         return dataclasses.asdict(self)
 
-    def to_json(self, path: str | os.PathLike) -> None:
+    def to_json(self, path: str | os.PathLike[str]) -> None:
         """Writes the report, whole or not at all."""
         write_whole(path, lambda draft: Path(draft).write_text(json.dumps(self.to_dict(), indent=2) + "\n"))
 
     @classmethod
-    def from_json(cls, path: str | os.PathLike) -> "ExitReport":
+    def from_json(cls, path: str | os.PathLike[str]) -> "ExitReport":
         """Reads a report that `to_json` wrote."""
         return cls.from_dict(json.loads(Path(path).read_text()))
 
@@ -134,7 +134,7 @@ class ExitReport:
             parts[name] = None if part is None else kind(**part)
         return cls(**{**values, **parts})
 
-    def plot(self, path: str | os.PathLike) -> None:
+    def plot(self, path: str | os.PathLike[str]) -> None:
         """Draws accuracy over cost, and over measured speed, into a picture (the file's ending says which kind)."""
         write_whole(path, lambda draft: draw(self._picture(), draft))
 

@@ -97,7 +97,7 @@ def model_card(
     return sealed(card)
 
 
-def write_model_card(card: ModelCard, folder: str | os.PathLike, overwrite: bool = False) -> bool:
+def write_model_card(card: ModelCard, folder: str | os.PathLike[str], overwrite: bool = False) -> bool:
     """Writes the card into a folder, unless there is one that somebody wrote or edited.
 
     Args:

@@ -41,7 +41,7 @@ def push_model_card(
     card: ModelCard,
     repo_id: str,
     *,
-    plot: str | os.PathLike | None = None,
+    plot: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     token: str | None = None,
     revision: str | None = None,
@@ -87,7 +87,7 @@ def push_model_card(
 
 def choose_card_to_upload(
     model: Any,
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     repo_id: str,
     token: str | bool | None = None,
     revision: str | None = None,
@@ -120,7 +120,7 @@ def choose_card_to_upload(
 
 def keep_card_of_hub(
     repo_id: str,
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     token: str | bool | None = None,
     revision: str | None = None,
 ) -> bool:

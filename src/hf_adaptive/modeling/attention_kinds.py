@@ -175,7 +175,7 @@ def _attend(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """An attention function of transformers: what the module was loaded with, and what stands beside it."""
     view = _StockView(attention)
-    eager = imported[attention.stock_class.__module__].eager_attention_forward  # type: ignore[attr-defined]
+    eager = imported[attention.stock_class.__module__].eager_attention_forward
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(view.config._attn_implementation, eager)
     context, attentions = attend(view, query, key, value, attention_mask, **kwargs)
     readers = query.shape[1] // value.shape[1]

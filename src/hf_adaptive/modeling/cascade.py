@@ -43,7 +43,7 @@ logger = logging.get_logger(__name__)
 _MADE_BY = "CascadeForSequenceClassification.from_backbone(path, depths=[...]) or from_models([...])"
 
 
-class CascadeForSequenceClassification(  # type: ignore[misc]
+class CascadeForSequenceClassification(
     SavesWhole, LoadsSafetensors, InitialisesAsStock, PredictsDatasets, DecidesRowByRow, PreTrainedModel
 ):
     """Independent classifiers of growing depth as one checkpoint (Rotem et al., 2023, section 2: "multi-model").

@@ -89,10 +89,12 @@ class ExitsMixin(
     # Loading
 
     @classmethod
-    def _plain_checkpoint(cls, path: str | os.PathLike, config: Any, arguments: dict[str, Any]) -> CheckpointForExits:
+    def _plain_checkpoint(
+        cls, path: str | os.PathLike[str], config: Any, arguments: dict[str, Any]
+    ) -> CheckpointForExits:
         return CheckpointForExits(cls, cls.architecture.plain_classifier, path, config, arguments)
 
-    def _check_loaded(self, path: str | os.PathLike, info: dict[str, Any], saved: dict[str, Any]) -> None:
+    def _check_loaded(self, path: str | os.PathLike[str], info: dict[str, Any], saved: dict[str, Any]) -> None:
         # A backbone saved from a model with exits (`model.base_model.save_pretrained`) has none: all of them are new,
         # and reported as such.
         self._exits_are_untrained = all(f"exits.{key}" in info["missing_keys"] for key in self.exits.state_dict())

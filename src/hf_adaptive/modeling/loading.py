@@ -38,7 +38,7 @@ class LoadsPlainCheckpoints(ModelBase):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | os.PathLike | None,
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
         *model_args: Any,
         config: Any = None,
         **kwargs: Any,
@@ -89,7 +89,7 @@ class LoadsPlainCheckpoints(ModelBase):
         )
 
     @classmethod
-    def _load_own(cls, path: str | os.PathLike, *model_args: Any, config: Any, **kwargs: Any) -> Any:
+    def _load_own(cls, path: str | os.PathLike[str], *model_args: Any, config: Any, **kwargs: Any) -> Any:
         given = [name for name in _CONSTANTS_ARGUMENTS if kwargs.get(name) is not None]
         if given:
             raise ValueError(
@@ -103,14 +103,14 @@ class LoadsPlainCheckpoints(ModelBase):
         check_constants_loaded(info["missing_keys"])
         return (model, info) if wants_info else model
 
-    def _check_loaded(self, path: str | os.PathLike, info: dict[str, Any], saved: dict[str, Any]) -> None:
+    def _check_loaded(self, path: str | os.PathLike[str], info: dict[str, Any], saved: dict[str, Any]) -> None:
         """Raises `ValueError` if a checkpoint of this class is not whole."""
 
     def _after_loading(self) -> None:
         """What is not part of a checkpoint."""
 
     @classmethod
-    def _load_plain(cls, path: str | os.PathLike, *model_args: Any, config: Any, **kwargs: Any) -> Any:
+    def _load_plain(cls, path: str | os.PathLike[str], *model_args: Any, config: Any, **kwargs: Any) -> Any:
         hub_arguments = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         file_arguments = {name: kwargs.pop(name) for name in _FILE_ARGUMENTS if name in kwargs}
         model_arguments = {name: kwargs.pop(name) for name in _MODEL_ARGUMENTS if name in kwargs}
@@ -133,7 +133,9 @@ class LoadsPlainCheckpoints(ModelBase):
         return model
 
     @classmethod
-    def _plain_checkpoint(cls, path: str | os.PathLike, config: Any, arguments: dict[str, Any]) -> "PlainCheckpoint":
+    def _plain_checkpoint(
+        cls, path: str | os.PathLike[str], config: Any, arguments: dict[str, Any]
+    ) -> "PlainCheckpoint":
         return PlainCheckpoint(cls, cls._plain_class(), path, config, arguments)
 
     @classmethod
@@ -144,7 +146,7 @@ class LoadsPlainCheckpoints(ModelBase):
     @classmethod
     def _config_for_plain(
         cls,
-        path: str | os.PathLike,
+        path: str | os.PathLike[str],
         constants: torch.Tensor | None,
         hub_arguments: dict[str, Any],
         kwargs: dict[str, Any],
@@ -162,13 +164,13 @@ class LoadsPlainCheckpoints(ModelBase):
         return cls.config_class.from_plain(plain, **fields, **unknown), kwargs
 
 
-def checkpoint_model_type(path: str | os.PathLike, **kwargs: Any) -> str | None:
+def checkpoint_model_type(path: str | os.PathLike[str], **kwargs: Any) -> str | None:
     """`model_type` in a checkpoint's own configuration file; a save that was interrupted there is settled first."""
     settle_checkpoint(path, kwargs.get("subfolder"))
     return _config_dict(path, kwargs).get("model_type")
 
 
-def _config_dict(path: str | os.PathLike, arguments: dict[str, Any]) -> dict[str, Any]:
+def _config_dict(path: str | os.PathLike[str], arguments: dict[str, Any]) -> dict[str, Any]:
     hub_arguments = {name: arguments[name] for name in HUB_ARGUMENTS if name in arguments}
     try:
         values = PreTrainedConfig.get_config_dict(path, **hub_arguments)[0]
@@ -207,7 +209,7 @@ class PlainCheckpoint:
     """
 
     def __init__(
-        self, model_class: Any, stock_class: Any, path: str | os.PathLike, config: Any, arguments: dict[str, Any]
+        self, model_class: Any, stock_class: Any, path: str | os.PathLike[str], config: Any, arguments: dict[str, Any]
     ):
         self.model_class = model_class
         self.architecture = model_class.architecture
@@ -258,7 +260,7 @@ class PlainCheckpoint:
         return set(self.info["unexpected_keys"])
 
 
-def check_exits(path: str | os.PathLike, info: dict[str, Any], saved: dict[str, Any], config: Any) -> None:
+def check_exits(path: str | os.PathLike[str], info: dict[str, Any], saved: dict[str, Any], config: Any) -> None:
     """Raises `ValueError` unless a checkpoint has all exits that it should have, and no others."""
     missing = sorted(key for key in info["missing_keys"] if key.startswith("exits."))
     surplus = sorted(key for key in info["unexpected_keys"] if key.startswith("exits."))
@@ -341,7 +343,7 @@ def _as_text(resized: dict[str, list[Any]]) -> str:
 
 
 @contextlib.contextmanager
-def damage_named(path: str | os.PathLike) -> Iterator[None]:
+def damage_named(path: str | os.PathLike[str]) -> Iterator[None]:
     """Says which checkpoint cannot be read; safetensors does not."""
     try:
         yield
@@ -365,7 +367,7 @@ def _is_error(record: python_logging.LogRecord) -> bool:
     return record.levelno >= python_logging.ERROR
 
 
-def _name_path(record: python_logging.LogRecord, path: str | os.PathLike) -> bool:
+def _name_path(record: python_logging.LogRecord, path: str | os.PathLike[str]) -> bool:
     """Completes the report of a load from weights in memory, which knows of no path."""
     record.msg = str(record.msg).replace("from: None\n", f"from: {path}\n")
     return True

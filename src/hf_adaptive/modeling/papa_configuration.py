@@ -27,7 +27,7 @@ class PapaConfigMixin(ReadsWhole, ExtendsStockConfig):
         ValueError: For any value that cannot be used; it names the value, what is allowed, and the fix.
     """
 
-    constant_heads: list | None = None
+    constant_heads: list[Any] | None = None
     constant_length: int | None = None
     trainable_part: str = "probe"
 

@@ -112,7 +112,7 @@ class MeanAttention:
             model_name=self.model_name,
         )
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file, whole or not at all."""
         tensors = {"sums": self.sums, "counts": self.counts, "model_print": self.model_print}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -120,7 +120,7 @@ class MeanAttention:
         write_whole(path, lambda draft: save_file(tensors, draft, metadata=metadata))
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "MeanAttention":
+    def load(cls, path: str | os.PathLike[str]) -> "MeanAttention":
         """Reads what `save` wrote.
 
         Raises:
@@ -146,7 +146,7 @@ def mean_attention(
     max_length: int,
     *,
     batch_size: int = 8,
-    path: str | os.PathLike | None = None,
+    path: str | os.PathLike[str] | None = None,
     save_every: int = 500,
 ) -> MeanAttention:
     """The average attention matrix of every head over real text, as PAPA takes it (arXiv 2211.03495).
@@ -205,7 +205,7 @@ def _same_print(first: torch.Tensor, second: torch.Tensor) -> bool:
     return first.shape == second.shape and torch.allclose(first, second, rtol=_PRINT_TOLERANCE, atol=_PRINT_TOLERANCE)
 
 
-def _started(model: PreTrainedModel, max_length: int, path: str | os.PathLike | None) -> MeanAttention:
+def _started(model: PreTrainedModel, max_length: int, path: str | os.PathLike[str] | None) -> MeanAttention:
     averages = MeanAttention.empty(model, max_length)
     if path is None or not Path(path).exists():
         return averages
@@ -215,7 +215,7 @@ def _started(model: PreTrainedModel, max_length: int, path: str | os.PathLike | 
         raise ValueError(f"cannot resume from {path}: {error} Choose another path, or remove the file.") from error
 
 
-def _batches(data: Iterable[Any], batch_size: int, config: PreTrainedConfig) -> DataLoader:
+def _batches(data: Iterable[Any], batch_size: int, config: PreTrainedConfig) -> DataLoader[Any]:
     if isinstance(data, DataLoader):
         return data
     if isinstance(data, Mapping):
@@ -231,7 +231,7 @@ def _batches(data: Iterable[Any], batch_size: int, config: PreTrainedConfig) -> 
     )
 
 
-class _Examples(torch.utils.data.IterableDataset):
+class _Examples(torch.utils.data.IterableDataset[Any]):
     """A stream of examples as a dataset."""
 
     def __init__(self, examples: Iterable[Mapping[str, Any]]) -> None:

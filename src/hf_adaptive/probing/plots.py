@@ -20,7 +20,7 @@ from .ranking import HeadRanking
 _LEAST_SHARE = 0.05
 
 
-def plot_head_ranks(rankings: HeadRanking | Mapping[str, HeadRanking], path: str | os.PathLike) -> None:
+def plot_head_ranks(rankings: HeadRanking | Mapping[str, HeadRanking], path: str | os.PathLike[str]) -> None:
     """Heat maps, layers × heads: in which order heads can be made constant, one map for each ranking.
 
     A cell has the head's place in the order (1: needs attention least) and the colour of that place, so that maps can
@@ -68,7 +68,9 @@ def _draw_ranks(axes: Axes, ranking: HeadRanking) -> AxesImage:
     return image
 
 
-def plot_constants(averages: MeanAttention, ranking: HeadRanking, path: str | os.PathLike, columns: int = 4) -> None:
+def plot_constants(
+    averages: MeanAttention, ranking: HeadRanking, path: str | os.PathLike[str], columns: int = 4
+) -> None:
     """The average matrices of the heads that need attention least (upper row) and most (lower row).
 
     Args:
@@ -98,7 +100,7 @@ def plot_constants(averages: MeanAttention, ranking: HeadRanking, path: str | os
     _save(figure, path)
 
 
-def _save(figure: Figure, path: str | os.PathLike) -> None:
+def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
     # No global state of pyplot, and so no display and no figures left open.
     FigureCanvasAgg(figure)
     with matplotlib.rc_context({"savefig.dpi": 150}):

@@ -47,13 +47,13 @@ class HeadRanking:
         """`sigmoid(lambda)` `(layers, heads)`: 0 is all constant, 1 is all attention."""
         return torch.tensor(self.lambdas).sigmoid()
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Writes JSON with the lambdas and, for readers, the order; whole or not at all."""
         content = json.dumps({"lambdas": self.lambdas, "order": self.order}, indent=2)
         write_whole(path, lambda draft: Path(draft).write_text(content + "\n", encoding="utf-8"))
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "HeadRanking":
+    def load(cls, path: str | os.PathLike[str]) -> "HeadRanking":
         """Reads what `save` wrote."""
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(content, dict) or "lambdas" not in content:
@@ -64,7 +64,7 @@ class HeadRanking:
 def rank_heads(
     model: Any,
     constants: torch.Tensor | MeanAttention,
-    train_dataset: Dataset,
+    train_dataset: Dataset[Any],
     args: TrainingArguments,
     *,
     data_collator: DataCollator | None = None,

@@ -87,7 +87,9 @@ def read_question(body: bytes, limits: Limits) -> Question:
     return Question([_example(item, number, limits) for number, item in enumerate(inputs)], top_k, function)
 
 
-def response(answers: Sequence[EngineAnswer], question: Question, config: Any, default: str) -> list[list[dict]]:
+def response(
+    answers: Sequence[EngineAnswer], question: Question, config: Any, default: str
+) -> list[list[dict[str, Any]]]:
     """One list of labels for each text, the best first, with their scores and where the text left the model."""
     function = question.function or default
     return [_labels(answer, question.top_k, function, config) for answer in answers]
@@ -157,7 +159,7 @@ def _check_encodable(text: str, number: int) -> None:
         ) from None
 
 
-def _labels(answer: EngineAnswer, top_k: int, function: str, config: Any) -> list[dict]:
+def _labels(answer: EngineAnswer, top_k: int, function: str, config: Any) -> list[dict[str, Any]]:
     scores = _scores(answer.logits.astype(np.float64), function)
     best = np.argsort(-scores, kind="stable")[:top_k].tolist()
     place = {"exit": answer.exit_index, "layers_run": answer.exit_layer}

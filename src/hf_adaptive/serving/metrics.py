@@ -1,6 +1,7 @@
 """What Prometheus reads (extra `serve`)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 try:
     from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
@@ -85,7 +86,7 @@ class _EngineCollector(Collector):
         yield GaugeMetricFamily(f"{_PREFIX}_drift", "1: rows are no longer as calibrated.", int(drift["is_drifting"]))
 
 
-def _by_label(family: type, name: str, text: str, label: str, values: dict) -> Metric:
+def _by_label(family: type, name: str, text: str, label: str, values: Mapping[Any, float]) -> Metric:
     made = family(f"{_PREFIX}_{name}", text, labels=(label,))
     for key, value in values.items():
         made.add_metric((str(key),), value)

@@ -62,7 +62,7 @@ class Service:
         self.has_died = False
         self.metrics = Metrics(lambda: self.engine.statistics())
 
-    async def classify(self, question: Question) -> list[list[dict]]:
+    async def classify(self, question: Question) -> list[list[dict[str, Any]]]:
         """Answers a request; all its texts or none."""
         engine = self.engine
         asked = [asyncio.ensure_future(engine.answer(one, self.limits.timeout_ms)) for one in question.examples]

@@ -122,7 +122,7 @@ def _parts_of_heads(model: Any) -> Iterator[str]:
                 yield f"exits.{index}.{name}"
 
 
-def _take_over_decisions(config: Any, model_id: str | os.PathLike, arguments: dict[str, Any]) -> None:
+def _take_over_decisions(config: Any, model_id: str | os.PathLike[str], arguments: dict[str, Any]) -> None:
     path = _config_of_adapter(model_id, arguments)
     if path is None:
         return
@@ -136,7 +136,7 @@ def _take_over_decisions(config: Any, model_id: str | os.PathLike, arguments: di
         setattr(config, name, getattr(saved, name))
 
 
-def _config_of_adapter(model_id: str | os.PathLike, arguments: dict[str, Any]) -> str | None:
+def _config_of_adapter(model_id: str | os.PathLike[str], arguments: dict[str, Any]) -> str | None:
     """The file; None for an adapter that was saved without."""
     if Path(model_id).is_dir():
         path = Path(model_id, arguments.get("subfolder") or "", CONFIG_FILE)

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..modeling.checks import is_number
-from ..modeling.labels import has_label, problem_type, problem_type_of
+from ..modeling.criteria import problem_type
+from ..modeling.labels import has_label, problem_type_of
 
 logger = logging.get_logger(__name__)
 

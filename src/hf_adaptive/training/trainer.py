@@ -16,8 +16,9 @@ from ..evaluation.metrics import default_metric, metric_name, score
 from ..evaluation.report import ExitReport, measure_exits
 from ..hub.model_card import PLOT_FILE, model_card, write_model_card
 from ..hub.push import keep_card_of_hub
+from ..modeling.criteria import problem_type
 from ..modeling.examples import INPUT_NAMES
-from ..modeling.labels import NO_LABEL, has_label, problem_type, problem_type_of, read_labels
+from ..modeling.labels import NO_LABEL, has_label, problem_type_of, read_labels
 from ..modeling.losses import answer_loss, exits_loss
 from ..modeling.outputs import SequenceClassifierWithExitsOutput
 from .distillation import ExitDistillation
