@@ -93,6 +93,8 @@ def main() -> None:
     model = classifier()
     run(model, texts(WARM_UP_ROWS))
     examples, memory = texts(job["rows"]), ProcessMemory()
+    # What making the texts left behind would else be given back meanwhile.
+    pyarrow.default_memory_pool().release_unused()
     memory.start()
     started = time.process_time()
     run(model, examples)
