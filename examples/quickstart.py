@@ -67,7 +67,7 @@ class ModelArguments:
 class DemoDataArguments(DataArguments):
     """`DataArguments` with less to train on, and more to test a promise on."""
 
-    max_train_examples: int = field(default=2500, metadata={"help": "Training examples at most."})
+    max_train_examples: int = field(default=1200, metadata={"help": "Training examples at most."})
     max_eval_examples: int = field(default=2500, metadata={"help": "Validation and test examples at most, each."})
     held_out: float = field(default=0.25, metadata={"help": "Share held out for each split that the data lack."})
 
@@ -82,8 +82,10 @@ class DemoTrainingArguments(TrainingArguments):
     per_device_eval_batch_size: int = field(default=32)
     learning_rate: float = field(default=2e-4)
     warmup_steps: float = field(default=0.1)
+    # Less padding: a third of the time.
+    train_sampling_strategy: str = field(default="group_by_length")
     save_strategy: str = field(default="no")
-    logging_steps: float = field(default=50)
+    logging_steps: float = field(default=25)
     report_to: str = field(default="none")
 
 

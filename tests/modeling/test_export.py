@@ -107,7 +107,7 @@ def test_an_onnx_graph_of_one_exit(tmp_path):
     shapes = {name: {0: "batch", 1: "length"} for name in batch()}
     path = tmp_path / "exit.onnx"
     torch.onnx.export(
-        Fixed(model, exit_at=2), (), path, kwargs=batch(), dynamo=True, dynamic_shapes=shapes, verbose=False
+        Fixed(model, exit_at=2).eval(), (), path, kwargs=batch(), dynamo=True, dynamic_shapes=shapes, verbose=False
     )
     session = onnxruntime.InferenceSession(path)
     other = batch(5, 14)

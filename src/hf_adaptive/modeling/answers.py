@@ -116,7 +116,8 @@ class Answers:
     @property
     def taken(self) -> torch.Tensor:
         """Scores of the exit that each row took, `(rows, labels)`."""
-        return self.logits[torch.arange(self.logits.shape[0], device=self.logits.device), self.exit_index]
+        index = self.exit_index[:, None, None].expand(-1, 1, self.logits.shape[-1])
+        return self.logits.gather(1, index).squeeze(1)
 
 
 def _side_by_side(values: list[torch.Tensor], unreached: int) -> torch.Tensor:

@@ -122,9 +122,9 @@ class TokenisedExamples:
         self.names = names if self.has_masks else (*names, "attention_mask")
         self.lengths = np.concatenate([part.lengths for part in parts], dtype=np.int32)
         self.is_whole = np.concatenate([part.is_whole for part in parts])
+        # Each of _WINDOW rows, but for the last one.
         self._values = [part.values for part in parts]
         self._starts = np.concatenate([part.starts for part in parts], dtype=np.int32)
-        self._part_of = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part.lengths) for part in parts])
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -142,7 +142,7 @@ class TokenisedExamples:
         """
         lengths = self.lengths[rows]
         padded = np.full((len(rows), lengths.max()), padding, dtype=np.int64)
-        spans = zip(self._part_of[rows].tolist(), self._starts[rows].tolist(), lengths.tolist())
+        spans = zip((rows // _WINDOW).tolist(), self._starts[rows].tolist(), lengths.tolist())
         for line, (part, start, length) in zip(padded, spans):
             values = self._values[part].get(name)
             line[:length] = 1 if values is None else values[start : start + length]
