@@ -100,6 +100,8 @@ def test_compiled_as_one_graph_where_nothing_leaves():
         assert_same(compiled(**batch(), exit_at=exit_at), model(**batch(), exit_at=exit_at))
 
 
+# Inputs share their axes, of which the exporter says that one name is enough.
+@pytest.mark.filterwarnings("ignore:# The axis name")
 def test_an_onnx_graph_of_one_exit(tmp_path):
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
