@@ -10,7 +10,8 @@ from typing import Any
 import transformers
 
 from hf_adaptive import AutoModelForSequenceClassificationWithExits, ExitsTrainer, calibrate_exits, evaluate_exits
-from papa_study_parts import Part, write_json
+from papa_study_parts import Part
+from study_files import write_json
 
 FRACTION = 0.5
 # (constant heads, exits)

@@ -3,7 +3,6 @@ whose file is there is not repeated.
 """
 
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModel, AutoTokenizer, Trainer, TrainingArguments
 from transformers.modeling_outputs import BaseModelOutput
 
-from hf_adaptive.files import identified, public_name, write_whole
+from hf_adaptive.files import identified, public_name
 from hf_adaptive.modeling.architectures import papa_class
 from hf_adaptive.probing import (
     HeadRanking,
@@ -31,6 +30,7 @@ from hf_adaptive.probing import (
     mean_attention,
     rank_heads,
 )
+from study_files import keep_settings, write_json
 from text_data import encoder_path
 
 KINDS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
@@ -105,15 +105,7 @@ class Part:
         settings = {name: getattr(self.arguments, name) for name in SETTINGS}
         settings |= {**dataclasses.asdict(self.task), "folder": identified(self.task.folder)}
         settings |= {"model": self.model, "encoder": identified(self.encoder)}
-        path = self.folder / "settings.json"
-        stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
-        changed = [f"{name}={stored.get(name)!r}" for name in settings if settings[name] != stored.get(name)]
-        if changed:
-            raise ValueError(
-                f"{self.folder} holds results of other settings: {', '.join(changed)}. Use these, or another "
-                "output_dir."
-            )
-        write_json(path, settings)
+        keep_settings(self.folder, settings)
 
     # Data
 
@@ -365,12 +357,6 @@ def collate_states(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tenso
         if is_token_task
         else torch.stack(labels),
     }
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes the file whole or not at all."""
-    text = json.dumps(content, indent=1)
-    write_whole(path, lambda draft: Path(draft).write_text(text + "\n", encoding="utf-8"))
 
 
 def _column(data: datasets.Dataset, named: str | None, usual: tuple[str, ...]) -> str:

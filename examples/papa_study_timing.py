@@ -12,7 +12,8 @@ from transformers import AutoModel
 from hf_adaptive import AutoModelForSequenceClassificationWithExits
 from hf_adaptive.modeling.switch import settle
 from papa_study_exits import METHODS, checkpoint
-from papa_study_parts import Part, write_json
+from papa_study_parts import Part
+from study_files import write_json
 
 sys.path.append(str(Path(__file__).resolve().parent / "benchmarks"))
 from measuring import Run, Spread, describe_machine, measure_in_turn, ratio

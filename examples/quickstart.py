@@ -36,7 +36,7 @@ from hf_adaptive import (
     evaluate_exits,
 )
 from hf_adaptive.hub import model_card, write_model_card
-from text_data import DataArguments, encoder_path, load_splits, tokenised
+from text_data import DataArguments, encoder_path, label_fields, load_splits, tokenised
 
 PLOT_FILE = "exits.png"
 CLASSIFY = Path(__file__).parent / "classify.py"
@@ -101,8 +101,7 @@ class Demo:
     @property
     def fields(self) -> dict[str, Any]:
         """Configuration fields of any classifier of these data."""
-        names = self.splits["train"].features["label"].names
-        return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+        return label_fields(self.splits["train"].features["label"].names)
 
     def train(self, model: Any, trainer_class: type[Trainer]) -> Trainer:
         """Fine-tunes a model, from the same seed as every other."""

@@ -53,7 +53,7 @@ import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import (
@@ -79,11 +79,12 @@ from hf_adaptive import (
     RoutingSchedule,
     evaluate_exits,
 )
-from hf_adaptive.files import identified, write_whole
+from hf_adaptive.files import identified
 from hf_adaptive.hub import model_card, write_model_card
 from hf_adaptive.modeling.architectures import supported_architecture
 from hf_adaptive.modeling.switch import replaced_files, settle
-from text_data import DataArguments, encoder_path, load_splits
+from study_files import keep_settings, write_json
+from text_data import DataArguments, encoder_path, label_fields, load_splits
 
 ROUTINGS = ("joint", "sweet", "disjoint")
 MULTI_MODEL = "multi-model"
@@ -149,6 +150,29 @@ class Task:
                 f"{words!r}. For example sst2=nyu-mll/glue,config=sst2,text=sentence,test=validation."
             )
         return cls(pairs[0][0], pairs[0][2], **{name: value for name, _, value in pairs[1:]})
+
+    def splits(self, max_train_examples: int, max_eval_examples: int) -> DatasetDict:
+        """Its texts and labels, at most so many.
+
+        Raises:
+            ValueError: There is no split to test on.
+        """
+        splits = load_splits(
+            DataArguments(
+                dataset=self.source,
+                dataset_config=self.config,
+                text_column=self.text,
+                text_pair_column=self.pair,
+                label_column=self.label,
+                max_train_examples=max_train_examples,
+                max_eval_examples=max_eval_examples,
+            )
+        )
+        if self.test not in splits:
+            raise ValueError(
+                f"task {self.name!r} has no split {self.test!r}; it has {', '.join(splits)}. Name one by test=."
+            )
+        return splits
 
 
 @dataclass(frozen=True)
@@ -362,21 +386,7 @@ class TaskData:
 
 def load_task(task: Task, arguments: StudyArguments, tokenizer: Any) -> TaskData:
     """Reads and tokenises a task."""
-    splits = load_splits(
-        DataArguments(
-            dataset=task.source,
-            dataset_config=task.config,
-            text_column=task.text,
-            text_pair_column=task.pair,
-            label_column=task.label,
-            max_train_examples=arguments.max_train_examples,
-            max_eval_examples=arguments.max_test_examples,
-        )
-    )
-    if task.test not in splits:
-        raise ValueError(
-            f"task {task.name!r} has no split {task.test!r}; it has {', '.join(splits)}. Name one by test=."
-        )
+    splits = task.splits(arguments.max_train_examples, arguments.max_test_examples)
 
     def encode(batch: dict) -> dict:
         encoded = tokenizer(batch["text"], batch.get("text_pair"), truncation=True, max_length=arguments.max_length)
@@ -414,7 +424,7 @@ class SingleExitMember(nn.Module):
 def make_model(run: Run, path: str, exit_layers: list[int], classes: list[str]) -> Any:
     """The encoder with untrained exits, or a cascade of its first layers."""
     set_seed(run.seed)
-    labels = {"id2label": dict(enumerate(classes)), "label2id": {name: place for place, name in enumerate(classes)}}
+    labels = label_fields(classes)
     if run.method == MULTI_MODEL:
         return _make_cascade(run.pooling, path, exit_layers, labels)
     return AutoModelForSequenceClassificationWithExits.from_pretrained(
@@ -511,21 +521,7 @@ class Study:
 
     def check_settings(self) -> None:
         """Runs of other settings must not be mixed with these; methods, poolings, seeds and tasks may be added."""
-        path = self.folder / "settings.json"
-        settings = self._settings()
-        stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {**settings, "tasks": {}}
-        given_tasks, stored_tasks = settings.pop("tasks"), stored.pop("tasks")
-        changed = [name for name in settings if settings[name] != stored.get(name)]
-        changed_tasks = [
-            name for name in given_tasks if given_tasks[name] != stored_tasks.get(name, given_tasks[name])
-        ]
-        if changed or changed_tasks:
-            was = [f"{name}={stored.get(name)!r}" for name in changed]
-            was += [f"task {name}={stored_tasks[name]!r}" for name in changed_tasks]
-            raise ValueError(
-                f"{self.folder} holds a study with other settings: {', '.join(was)}. Use these, or another output_dir."
-            )
-        write_json(path, {**settings, "tasks": {**stored_tasks, **given_tasks}})
+        keep_settings(self.folder, self._settings(), growing="tasks")
 
     def _settings(self) -> dict[str, Any]:
         """What changes a run's result."""
@@ -750,11 +746,6 @@ def _records(recorder: GradientConflictRecorder | None) -> list[dict[str, Any]] 
     if recorder is None:
         return None
     return [{"step": step, **conflict.to_dict()} for step, conflict in recorder.records.items()]
-
-
-def write_json(path: Path, content: Any) -> None:
-    text = json.dumps(content, indent=1)
-    write_whole(path, lambda draft: Path(draft).write_text(text + "\n", encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import zipfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,11 @@ class DataArguments:
     max_eval_examples: int = field(default=2000, metadata={"help": "Validation and test examples at most, each."})
     max_length: int = field(default=128, metadata={"help": "Tokens at most; longer texts are cut."})
     held_out: float = field(default=0.15, metadata={"help": "Share held out for each split that the data lack."})
+
+
+def label_fields(names: Sequence[str]) -> dict[str, Any]:
+    """What a configuration says of the classes, given their names in the order of the labels."""
+    return {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
 
 
 def encoder_path(name: str) -> str:

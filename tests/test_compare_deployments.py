@@ -82,7 +82,7 @@ def test_it_is_taken_up_where_it_was(compared):
     assert done == ["films, seed 0: static embeddings"]
     finished = run(*arguments, "--max_length", 8, "--output_dir", "out", folder=folder)
     assert finished.returncode != 0
-    assert "out holds a comparison with other settings: max_length=64" in finished.stderr
+    assert "out holds results of other settings: max_length=64" in finished.stderr
 
 
 def measured(task="films", seed=0, **points):

@@ -198,7 +198,7 @@ def test_seeds_may_be_added_but_other_settings_are_refused(whole, folder, in_thi
     shutil.copytree(whole / "runs", folder / "more" / "runs")
     shutil.copytree(whole / "checkpoints", folder / "more" / "checkpoints")
     shutil.copy(whole / "settings.json", folder / "more")
-    with pytest.raises(ValueError, match=r"holds a study with other settings: learning_rate=0\.0002"):
+    with pytest.raises(ValueError, match=r"holds results of other settings: learning_rate=0\.0002"):
         in_this_process("more", "--learning_rate", "1e-5")
     done = study(folder, "more", "--seeds", 0, 1, 2, "--mean_methods", "joint", "--cls_methods", "none")
     assert done.returncode == 0, done.stderr[-4000:]

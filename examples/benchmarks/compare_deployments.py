@@ -38,8 +38,9 @@ from deployment_systems import System, systems
 from deployment_timing import Timing
 from measuring import describe_machine
 
-from hf_adaptive.files import identified, write_whole
+from hf_adaptive.files import identified
 from run_exit_study import Task
+from study_files import keep_settings, write_json
 
 QUICK = {"train_texts": 96, "calibration_texts": 96, "test_texts": 64, "epochs": 1.0, "seeds": [0], "single_texts": 4}
 
@@ -100,16 +101,7 @@ class Comparing:
 
     def _check_settings(self) -> None:
         """Models of other settings must not be compared with these; tasks and seeds may be added."""
-        path = self.folder / "settings.json"
-        settings = {**dataclasses.asdict(self.sizes), "encoder": identified(self.sizes.encoder)}
-        stored = json.loads(path.read_text()) if path.exists() else settings
-        changed = [f"{name}={stored.get(name)!r}" for name in settings if settings[name] != stored.get(name)]
-        if changed:
-            raise ValueError(
-                f"{self.folder} holds a comparison with other settings: {', '.join(changed)}. Use these, or another "
-                "output_dir."
-            )
-        write_json(path, settings)
+        keep_settings(self.folder, {**dataclasses.asdict(self.sizes), "encoder": identified(self.sizes.encoder)})
 
     def train(self) -> None:
         """Prepares every system; the seeds one after another, so that whoever stops early has whole ones."""
@@ -183,13 +175,6 @@ class Comparing:
         if missing and len(missing) < len(paths):
             print(f"{models.data.name}, seed {models.seed}: not trained yet: {'; '.join(missing)}.")
         return {name: json.loads(path.read_text())["prepared"] for name, path in paths.items() if path.exists()}
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
-    write_whole(path, lambda draft: Path(draft).write_text(text, encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from hf_adaptive import (
 from hf_adaptive.modeling.architectures import supported_architecture
 from hf_adaptive.modeling.switch import replaced_files, settle
 from run_exit_study import SingleExitMember, Task
-from text_data import DataArguments, encoder_path, load_splits
+from text_data import encoder_path, label_fields
 
 BATCH_SIZE = 32
 # Texts that a static quantisation sees to find the ranges of activations.
@@ -84,16 +84,7 @@ class TaskData:
         self.sizes = sizes
         self.path = encoder_path(sizes.encoder)
         self.tokenizer = AutoTokenizer.from_pretrained(self.path)
-        splits = load_splits(
-            DataArguments(
-                dataset=task.source,
-                dataset_config=task.config,
-                text_column=task.text,
-                label_column=task.label,
-                max_train_examples=sizes.train_texts + sizes.calibration_texts,
-                max_eval_examples=sizes.test_texts,
-            )
-        )
+        splits = task.splits(sizes.train_texts + sizes.calibration_texts, sizes.test_texts)
         rest = splits["train"]
         cut = min(sizes.train_texts, len(rest) * 2 // 3)
         self.train, self.calibration = rest.select(range(cut)), rest.select(range(cut, len(rest)))
@@ -103,10 +94,7 @@ class TaskData:
     @property
     def labels(self) -> dict[str, Any]:
         """Names of the classes, for a configuration."""
-        return {
-            "id2label": dict(enumerate(self.classes)),
-            "label2id": {name: i for i, name in enumerate(self.classes)},
-        }
+        return label_fields(self.classes)
 
     def tokenised(self, texts: Dataset) -> Dataset:
         """The texts as the models take them, with their labels."""

@@ -26,7 +26,7 @@ from hf_adaptive.modeling.criteria import CRITERIA
 from hf_adaptive.modeling.switch import replaced_files
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
-from text_data import DataArguments, encoder_path, load_splits
+from text_data import DataArguments, encoder_path, label_fields, load_splits
 
 BATCH_SIZE = 32
 LONGEST = 128
@@ -227,10 +227,7 @@ class Workload:
 
     @property
     def _labels(self) -> dict[str, Any]:
-        return {
-            "id2label": dict(enumerate(self.label_names)),
-            "label2id": {name: index for index, name in enumerate(self.label_names)},
-        }
+        return label_fields(self.label_names)
 
     def _train_exits(self, folder: Path) -> None:
         model = self.untrained(exit_layers=self.size.exit_layers, exit_routing="disjoint")
