@@ -1,12 +1,4 @@
-"""`predict`, `evaluate_exits` and `calibrate_exits` for `accelerate launch`, which starts this in several processes.
-
-accelerate launch --num_processes 2 predicting_processes.py FOLDER
-"""
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
+"""What `predict`, `evaluate_exits` and `calibrate_exits` find in one of two processes."""
 
 import torch
 from accelerate import PartialState
@@ -15,7 +7,6 @@ from safetensors.torch import save_file
 from hf_adaptive import CascadeForSequenceClassification, calibrate_exits, evaluate_exits
 from tests import tiny
 
-torch.set_num_threads(1)
 LENGTHS = (1, 2, 7, 21)
 CALLS = {"everything": {"exit_thresholds": [None, None]}, "early": {"exit_thresholds": 0.6}, "forced": {"exit_at": 2}}
 
@@ -83,7 +74,7 @@ def refusal(seed):
     return "nothing"
 
 
-def main():
+def predict_in_processes(out):
     """Writes what each process found."""
     found = {**answers(), **report_and_thresholds()}
     state = PartialState()
@@ -91,9 +82,4 @@ def main():
     said = refusal(state.process_index)
     assert "2 processes were given different data: [6, 7] examples" in said, said
     found["own"] = own_answers(state.process_index)
-    save_file(found, f"{sys.argv[1]}/{state.process_index}.safetensors")
-    state.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+    save_file(found, out / f"{state.process_index}.safetensors")

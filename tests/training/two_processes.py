@@ -1,18 +1,6 @@
-"""Gradients of plain `Trainer` steps, for `accelerate launch`: each process gets its part of one batch.
-
-    accelerate launch --multi_gpu --num_processes 2 two_processes.py job.json
-
-(`--multi_gpu` starts the processes; the arguments of `Trainer` keep them on the CPU.)
-
-Writes every run's gradients from the main process; after the step all processes must agree on the weights.
-"""
+"""Gradients of plain `Trainer` steps in two processes, of which each gets its part of one batch."""
 
 import functools
-import json
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 from safetensors.torch import save_file
@@ -21,9 +9,6 @@ from transformers import Trainer, TrainingArguments
 from hf_adaptive import ExitDistillation, ExitsTrainer
 from tests import tiny
 from tests.training.test_trainer import ROWS, KeepsGradients, Rows, trainer
-
-# Two processes on few cores.
-torch.set_num_threads(1)
 
 
 def gradients(name, routing, folder, processes, **fields):
@@ -66,18 +51,13 @@ def train_with_report(folder):
     assert own.report.num_examples == ROWS
 
 
-def main():
-    """Runs the job."""
-    job = json.loads(Path(sys.argv[1]).read_text())
-    train_with_report(f"{job['out']}/reported")
-    for name, routing in job["runs"]:
-        kept, own = gradients(name, routing, job["out"], job["processes"])
-        assert own.accelerator.num_processes == job["processes"], own.accelerator.num_processes
+def train_in_processes(runs, out):
+    """Writes every run's gradients from the main process; after the step all processes must agree on the weights."""
+    train_with_report(str(out / "reported"))
+    for name, routing in runs:
+        kept, own = gradients(name, routing, out, processes=2)
+        assert own.accelerator.num_processes == 2, own.accelerator.num_processes
         check_agreement(own)
-        own.save_model(f"{job['out']}/saved-{name}-{routing}")
+        own.save_model(str(out / f"saved-{name}-{routing}"))
         if own.is_world_process_zero():
-            save_file(kept, f"{job['out']}/{name}-{routing}.safetensors")
-
-
-if __name__ == "__main__":
-    main()
+            save_file(kept, out / f"{name}-{routing}.safetensors")
