@@ -202,6 +202,14 @@ def test_splitting_needs_examples_on_both_sides():
 # pool is exactly the risk on new data that the promise is about, without the noise of a finite test set.
 
 DRAWS = 1000
+
+
+@pytest.fixture
+def decides_only(monkeypatch):
+    """How many examples would do takes longest to say, and plays no part in what is decided."""
+    monkeypatch.setattr(risk_control._Test, "examples_wanted", lambda self: None)
+
+
 # 5 % and three binomial standard errors of 1,000 draws.
 MOST_VIOLATIONS = 0.05 + 3 * math.sqrt(0.05 * 0.95 / DRAWS)
 
@@ -219,7 +227,7 @@ def summary(pool, wish, choices):
 
 
 @pytest.mark.parametrize("wish", [DROP, DISAGREEMENT], ids=str)
-def test_promise_is_kept_with_a_shared_threshold(wish):
+def test_promise_is_kept_with_a_shared_threshold(wish, decides_only):
     pool, generator = simulated_exits(4000), torch.Generator().manual_seed(1)
     calibrations = (draw(pool, 1000, generator) for _ in range(DRAWS))
     choices = [find_guaranteed_thresholds(testing, wish, CONFIDENCE) for testing in calibrations]
@@ -229,7 +237,7 @@ def test_promise_is_kept_with_a_shared_threshold(wish):
 
 
 @pytest.mark.parametrize("wish", [DROP, DISAGREEMENT], ids=str)
-def test_promise_is_kept_with_one_threshold_per_exit(wish):
+def test_promise_is_kept_with_one_threshold_per_exit(wish, decides_only):
     # It holds for every outcome of the tuning, so five of them serve two hundred draws each.
     pool, generator = simulated_exits(4000), torch.Generator().manual_seed(2)
     choices = []
@@ -243,7 +251,7 @@ def test_promise_is_kept_with_one_threshold_per_exit(wish):
 
 
 @pytest.mark.parametrize("wish", [make_wish(max_accuracy_drop=0.05), make_wish(max_disagreement=0.1)], ids=str)
-def test_promise_is_kept_with_the_golden_cascade(wish):
+def test_promise_is_kept_with_the_golden_cascade(wish, decides_only):
     pool, generator = golden_cascade(), torch.Generator().manual_seed(3)
     calibrations = (draw(pool, 300, generator) for _ in range(DRAWS))
     choices = [find_guaranteed_thresholds(testing, wish, CONFIDENCE) for testing in calibrations]
@@ -312,9 +320,8 @@ def quantised_exits(num_examples, noise, seed=0):
 
 @pytest.mark.parametrize("wish", [DROP, DISAGREEMENT], ids=str)
 @pytest.mark.parametrize("noise", [0.05, 0.2])
-def test_promise_against_a_reference_covers_the_change(wish, noise, monkeypatch):
+def test_promise_against_a_reference_covers_the_change(wish, noise, decides_only):
     """With the larger noise the changed model alone loses about as much as the wish allows, or more."""
-    monkeypatch.setattr(risk_control._Test, "examples_wanted", lambda self: None)  # takes long, and decides nothing
     pool, generator = quantised_exits(4000, noise), torch.Generator().manual_seed(4)
     calibrations = (draw(pool, 1000, generator) for _ in range(DRAWS))
     choices = [find_guaranteed_thresholds(testing, wish, CONFIDENCE) for testing in calibrations]
