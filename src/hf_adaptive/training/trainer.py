@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import EvalPrediction, Trainer
 from transformers.trainer_pt_utils import LabelSmoother
-from transformers.trainer_utils import default_compute_objective
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, default_compute_objective
 from transformers.utils import logging
 
 from ..evaluation.metrics import default_metric, metric_name, score
@@ -21,6 +21,7 @@ from ..modeling.examples import INPUT_NAMES
 from ..modeling.labels import NO_LABEL, has_label, problem_type_of, read_labels
 from ..modeling.losses import answer_loss, exits_loss
 from ..modeling.outputs import SequenceClassifierWithExitsOutput
+from .checkpoints import begin_writing, check_whole, last_whole_checkpoint
 from .distillation import ExitDistillation
 from .unwrapping import without_adapter
 
@@ -317,7 +318,7 @@ class ExitsTrainer(Trainer):
         of_last.pop("eval_model_preparation_time", None)
         return default_compute_objective(of_last)
 
-    # Report and card
+    # Training
 
     def train(
         self,
@@ -328,11 +329,38 @@ class ExitsTrainer(Trainer):
         """Trains; then, where there is evaluation data, writes the report, its plot and the model card.
 
         A report that cannot be made is warned of: what was trained is never lost by it.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*): As in `Trainer`; with True, training goes on from the
+                last checkpoint of the output folder that was written to its end, and says so where a later one was
+                broken off.
+            trial, ignore_keys_for_eval (*optional*): As in `Trainer`.
+
+        Raises:
+            ValueError: A checkpoint that was broken off, or, with True, no whole one.
         """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(self._folder)
+        elif resume_from_checkpoint not in (None, False):
+            check_whole(resume_from_checkpoint)
         output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         if self.eval_dataset is not None and trial is None:
             self._try_to_report()
         return output
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """As in `Trainer`; a checkpoint of that name, if there is one, is no whole one from now on."""
+        if self.args.should_save:
+            begin_writing(Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """As in `Trainer`; the state, which says that a checkpoint is whole, waits for every process's part of it."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
+    # Report and card
 
     def _try_to_report(self) -> None:
         if isinstance(self.eval_dataset, dict):
