@@ -233,8 +233,12 @@ def test_labels_are_required_where_accuracy_counts():
     ("changes", "message"),
     [
         ({"scores": torch.rand(4)}, "scores must have the shape"),
+        ({"scores": torch.rand(0, 2), "predictions": torch.zeros(0, 2)}, r"at least one example .* got \(0, 2\)"),
+        ({"scores": torch.rand(4, 1), "predictions": torch.zeros(4, 1), "costs": [1.0]}, r"two exits, got \(4, 1\)"),
         ({"scores": torch.full((4, 2), math.inf)}, "infinite"),
         ({"costs": [1.0, 0.5]}, "ascending"),
+        ({"costs": [0.5, 0.5]}, "ascending"),
+        ({"costs": [-0.5, 1.0]}, "none of them negative"),
         ({"costs": [0.5]}, "2 ascending numbers"),
         ({"labels": torch.zeros(3)}, r"labels must have the shape \(4,\)"),
         ({"predictions": torch.zeros(4, 3)}, "agrees must be"),
