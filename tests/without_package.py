@@ -1,30 +1,16 @@
-"""Loads checkpoints as a machine without this package does: run as a script in a process of its own.
+"""Loads checkpoints as a machine without this package does: `fresh_process` runs it in a process of its own.
 
-    python without_package.py job.json
-
-The job names checkpoints and a file of inputs; answers go to a file, and each model is saved once more.
+The job named in its argument has checkpoints and a file of inputs; answers go to a file, and each model is saved once
+more.
 """
 
-import importlib.abc
 import json
 import sys
 import traceback
 
-
-class NotInstalled(importlib.abc.MetaPathFinder):
-    """Hides the package, which may be installed for the tests."""
-
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "hf_adaptive":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-
-if __name__ == "__main__":
-    sys.meta_path.insert(0, NotInstalled())
-
-import torch  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-from transformers import (  # noqa: E402
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForSequenceClassification,

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,14 +22,9 @@ pytest.importorskip("onnxruntime")
 
 # Of another version, with what runs exported classifiers.
 SECOND_PYTHON = os.environ.get("SECOND_PYTHON")
+WITHOUT = ("torch", "transformers", "datasets", "accelerate", "huggingface_hub", "safetensors")
 SCRIPT = """
 import json, sys
-
-def hidden(name, *_):
-    if name.partition(".")[0] in ("torch", "transformers", "datasets", "accelerate", "huggingface_hub", "safetensors"):
-        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, type("Hidden", (), {"find_spec": staticmethod(hidden)}))
 import hf_adaptive
 from hf_adaptive import OnnxClassifierWithExits
 
@@ -192,10 +186,8 @@ def test_it_runs_without_torch(python, own, exported, tmp_path):
     shutil.copytree(exported, tmp_path / "exported")
     texts = tiny.sentences(9)
     (tmp_path / "texts.json").write_text(json.dumps(texts))
-    environment = fresh_process.environment(tmp_path / "home", PYTHONPATH=str(Path(__file__).parents[2] / "src"))
-    command = [python, "-c", SCRIPT]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    source = str(Path(__file__).parents[2] / "src")
+    fresh_process.run(SCRIPT, folder=tmp_path, hidden=WITHOUT, python=python, PYTHONPATH=source)
     found = json.loads((tmp_path / "found.json").read_text())
     expected = own.predict(tiny.tokenizer()(texts), show_progress=False)
     assert found["exit_index"] == expected.exit_index.tolist()

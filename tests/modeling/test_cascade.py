@@ -1,8 +1,6 @@
 """Multi-model cascades: one checkpoint, rows answered by the first model that is sure."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -326,7 +324,6 @@ def test_a_pad_token_can_be_set_later(tmp_path):
 
 ELSEWHERE = """
 import json, sys
-sys.modules["hf_adaptive"] = None
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 path, repository, again = sys.argv[1:4]
@@ -360,16 +357,9 @@ def test_works_where_the_package_is_not_installed(tmp_path):
     model.save_pretrained(tmp_path / "cascade")
     tiny.tokenizer().save_pretrained(tmp_path / "cascade")
     fresh_process.put_into_hub_cache(tmp_path / "cascade", tmp_path / "home", "someone/cascade")
-    job = [str(tmp_path / "cascade"), "someone/cascade", str(tmp_path / "again"), json.dumps([texts, thresholds])]
-    done = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE, *job],
-        cwd=tmp_path,
-        env=fresh_process.environment(tmp_path / "home", HF_HUB_OFFLINE="1"),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.strip().splitlines()[-1])
+    job = [tmp_path / "cascade", "someone/cascade", tmp_path / "again", json.dumps([texts, thresholds])]
+    printed = fresh_process.run(ELSEWHERE, *job, folder=tmp_path, HF_HUB_OFFLINE="1")
+    found = json.loads(printed.strip().splitlines()[-1])
     for answered, outputs in zip(found["logits"], (everything, early, everything), strict=True):
         tiny.assert_alike(torch.tensor(answered), outputs.exit_logits.nan_to_num(7))
     assert found["exits"] == [early.exit_index.tolist()] * 2

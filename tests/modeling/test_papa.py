@@ -1,10 +1,7 @@
 """The PAPA models against the numbers of PAPA's own code, and as models of transformers."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 import textwrap
 import threading
 
@@ -19,6 +16,7 @@ import hf_adaptive
 from hf_adaptive import mean_attention
 from hf_adaptive.modeling.constant_heads import install_constant_heads
 from hf_adaptive.modeling.papa import PapaPooler, PapaTokenHead
+from tests import fresh_process
 from tests import golden_papa as golden
 
 LOGITS = {"atol": 1e-5, "rtol": 0}
@@ -364,14 +362,7 @@ def test_averages_are_taken_from_the_same_checkpoint_only(plain_checkpoint, cons
 
 
 FRESH_PROCESS = """
-    import importlib.abc, sys
-
-    class Uninstalled(importlib.abc.MetaPathFinder):
-        def find_spec(self, name, path=None, target=None):
-            if name.split(".")[0] == "hf_adaptive":
-                raise ModuleNotFoundError(name)
-
-    sys.meta_path.insert(0, Uninstalled())
+    import sys
     import torch
     from safetensors.torch import load_file
     from transformers import AutoModelForSequenceClassification
@@ -405,18 +396,9 @@ def test_loads_in_a_fresh_process_without_the_package(tmp_path, constants):
     save_file({"logits": logits_on_one_thread(model, inputs)}, tmp_path / "logits.safetensors")
     save_file(inputs, tmp_path / "inputs.safetensors")
 
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"HF_HOME": str(tmp_path / "cache"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
     arguments = [tmp_path / "papa", tmp_path / "inputs.safetensors", tmp_path / "logits.safetensors"]
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(FRESH_PROCESS), *map(str, arguments)],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.split()[-1] == "PapaBertForSequenceClassification"
+    printed = fresh_process.run(textwrap.dedent(FRESH_PROCESS), *arguments, folder=tmp_path)
+    assert printed.split()[-1] == "PapaBertForSequenceClassification"
 
 
 # --- As a model of transformers -------------------------------------------------------------------------------------
