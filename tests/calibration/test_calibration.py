@@ -186,12 +186,13 @@ def test_wishes_that_contradict_each_other(calibrator):
 def test_the_same_data_for_both_purposes_warns(data):
     model = tiny.model("bert")
     calibrate_exits(model, data, target_cost=0.7, show_progress=False)
-    with pytest.warns(UserWarning, match="used for evaluation, but this model used them for calibration"):
+    with pytest.warns(UserWarning, match="used for evaluation, but this model used them for calibration") as warned:
         evaluate_exits(model, data, timed_examples=0, show_progress=False)
     model = tiny.model("bert")
     evaluate_exits(model, data, timed_examples=0, show_progress=False)
-    with pytest.warns(UserWarning, match="used for calibration, but this model used them for evaluation"):
+    with pytest.warns(UserWarning, match="used for calibration, but this model used them for evaluation") as again:
         calibrate_exits(model, data, target_cost=0.7, show_progress=False)
+    assert {warning.filename for warning in [*warned, *again]} == {__file__}
 
 
 def test_other_data_does_not_warn(data):

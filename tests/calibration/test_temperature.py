@@ -80,10 +80,12 @@ def test_scaling_the_logits_scales_the_temperature(golden):
 
 def test_every_answer_right_ends_at_the_lower_limit_with_a_warning():
     logits, labels = torch.tensor([[2.0, 0.0], [0.0, 3.0]]), torch.tensor([0, 1])
-    with pytest.warns(UserWarning, match="every answer is right"):
+    with pytest.warns(UserWarning, match="every answer is right") as warned:
         assert fit_temperature(logits, labels) == MIN_TEMPERATURE
-    with pytest.warns(UserWarning, match="optimal"):
+    with pytest.warns(UserWarning, match="optimal") as again:
         assert fit_temperatures(logits[:, None], labels)[0].at_limit
+    # Where the user asked, however deep it was found.
+    assert [warning.filename for warning in (*warned, *again)] == [__file__] * 2
 
 
 def test_worse_than_chance_ends_at_the_upper_limit_with_a_warning():

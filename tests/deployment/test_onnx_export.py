@@ -176,6 +176,15 @@ def test_texts_are_read_without_transformers(own, exported):
     assert len(onnx.predict(onnx.tokenize(texts)).logits) == len(texts)
 
 
+def test_what_is_no_number_goes_on_and_is_warned_of_where_it_was_asked(exported):
+    onnx = load(exported)
+    onnx.config.exit_temperatures = [np.nan, 1.0, 1.0]
+    with pytest.warns(UserWarning, match="the exit after layer 1 gave NaN for 7 of 7 rows") as warned:
+        found = onnx(**batch()[1], exit_thresholds=0.0)
+    assert {warning.filename for warning in warned} == {__file__}
+    assert found.exit_index.tolist() == [1] * 7
+
+
 # Without torch
 
 

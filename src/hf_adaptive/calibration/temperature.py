@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from ..warning import warn_caller
 
 MIN_TEMPERATURE = 0.01
 MAX_TEMPERATURE = 100.0
@@ -62,11 +63,10 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     inverse = _minimise_over_inverse_temperature(logits, labels)
     temperature = min(max(1 / inverse, MIN_TEMPERATURE), MAX_TEMPERATURE)
     if _is_limit(temperature):
-        warnings.warn(
+        warn_caller(
             f"No temperature between {MIN_TEMPERATURE} and {MAX_TEMPERATURE} is optimal for these {len(logits)} "
             f"examples; using {temperature}. Usually there are too few (every answer is right), or the exit is worse "
-            "than chance: calibrate on more examples, or leave this exit's temperature at 1.",
-            stacklevel=2,
+            "than chance: calibrate on more examples, or leave this exit's temperature at 1."
         )
     return temperature
 

@@ -1,6 +1,5 @@
 """An exported classifier run one stage at a time: the `StagedModel` of `scheduling.py` in numpy and onnxruntime."""
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 from ..modeling.criteria import Evidence, Policy, problem_type
 from ..modeling.examples import TokenisedExamples, read_examples
 from ..modeling.scheduling import RowAnswers, StageResult
+from ..warning import warn_caller
 from .onnx_graphs import StageGraphs
 
 # What starting a batch costs, in tokens that could be run through a layer instead, as in torch on a CPU.
@@ -142,10 +142,9 @@ class OnnxStages:
         logits = answers.logits[:, : index + 1]
         count = int(np.isnan(logits[:, -1]).any(axis=-1).sum())
         if count and self._is_asked(index):
-            warnings.warn(
+            warn_caller(
                 f"the exit after layer {self.config.exit_layers[index]} gave NaN for {count} of {len(logits)} rows. "
-                "They are never counted as sure and went on.",
-                stacklevel=2,
+                "They are never counted as sure and went on."
             )
         certainty = None if answers.certainty is None else answers.certainty[:, index]
         evidence = Evidence(logits, problem_type(self.config), certainty, self.config.exit_tolerance)

@@ -1,10 +1,10 @@
 """Calibration never sees evaluation data: remembers on a model which data served for what, and warns."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..modeling.examples import as_array
+from ..warning import warn_caller
 
 
 def note_use(model: Any, dataset: Sequence[Mapping[str, Any]], use: str) -> None:
@@ -19,11 +19,10 @@ def note_use(model: Any, dataset: Sequence[Mapping[str, Any]], use: str) -> None
     used = model.__dict__.setdefault("_data_used_for", {"calibration": set(), "evaluation": set()})
     own = _print_of(dataset)
     if own in used[other]:
-        warnings.warn(
+        warn_caller(
             f"these examples are used for {use}, but this model used them for {other} before: scores on data that "
             "thresholds or temperatures were chosen on are too good. Hold out a part for calibration, and report on "
-            "the rest.",
-            stacklevel=3,
+            "the rest."
         )
     used[use].add(own)
 
