@@ -248,9 +248,14 @@ _MODERNBERT_ATTENTION = AttentionLayout(
     output=("Wo", "out_drop"),
     dropout="attention_dropout",
     window="sliding_window",
+    rotary="rotary_emb",
 )
 _ROTARY_ATTENTION = AttentionLayout(
-    "self_attn", SeparateProjections("q_proj", "k_proj", "v_proj"), output=("o_proj",), dropout="attention_dropout"
+    "self_attn",
+    SeparateProjections("q_proj", "k_proj", "v_proj"),
+    output=("o_proj",),
+    dropout="attention_dropout",
+    rotary="rotary_emb",
 )
 _CAUSAL_ATTENTION = replace(_ROTARY_ATTENTION, is_causal=True)
 _WINDOWED_ATTENTION = replace(_CAUSAL_ATTENTION, window="sliding_window")

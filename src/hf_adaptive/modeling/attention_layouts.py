@@ -116,6 +116,8 @@ class AttentionLayout:
         is_causal (`bool`): Whether a position attends to none after it, unless the module says `is_causal=False`.
         window (`str`, *optional*): Its attribute with the distance from which on positions are out of reach; None in
             it: none are.
+        rotary (`str`, *optional*): Path in the backbone of the module that computes rotary positions, which are handed
+            to the layers; not run where no head reads them.
     """
 
     path: str
@@ -128,6 +130,7 @@ class AttentionLayout:
     has_additive_mask: bool = True
     is_causal: bool = False
     window: str | None = None
+    rotary: str | None = None
 
     def dropout_of(self, attention: Any) -> float:
         """The dropout of attention probabilities as it is now: 0 in evaluation mode."""

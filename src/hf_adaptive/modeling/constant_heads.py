@@ -66,7 +66,7 @@ def install_constant_heads(
             if constants is not None:
                 attention.constants.data.copy_(constants[index, heads])
     if len(config.constant_heads) == config.num_hidden_layers * config.num_attention_heads:
-        _leave_out_rotary_positions(backbone)
+        _leave_out_rotary_positions(backbone, layout)
 
 
 class NoRotaryPositions(nn.Module):
@@ -76,10 +76,9 @@ class NoRotaryPositions(nn.Module):
         return None, None
 
 
-def _leave_out_rotary_positions(backbone: Any) -> None:
-    # Every backbone of transformers that has them calls them so, and hands on to its layers what they return.
-    if hasattr(backbone, "rotary_emb"):
-        backbone.rotary_emb = NoRotaryPositions()
+def _leave_out_rotary_positions(backbone: Any, layout: AttentionLayout) -> None:
+    if layout.rotary is not None:
+        backbone.set_submodule(layout.rotary, NoRotaryPositions())
 
 
 def layout_of(backbone: Any, architecture: Any) -> AttentionLayout:

@@ -200,15 +200,17 @@ def _flattened_by_arrow(table: Any, names: tuple[str, ...]) -> dict[str, tuple[n
 
     Arrow has the values of a column one after another already, so that no number becomes an object of Python's.
     """
+    # Whoever has a table has imported it; an import here would make the code of every checkpoint ask for it.
+    types = sys.modules["pyarrow"].types
     flat = {}
     for name in names:
         column = table.column(name)
         # Combining copies even a single chunk.
         lists = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-        if lists.null_count or not hasattr(lists, "value_lengths"):
+        if lists.null_count or not (types.is_list(lists.type) or types.is_large_list(lists.type)):
             return None
         values = lists.flatten()
-        if values.null_count or hasattr(values, "flatten"):
+        if values.null_count or not types.is_primitive(values.type):
             return None
         numbers = values.to_numpy(zero_copy_only=False)
         if numbers.dtype.kind not in _kinds(name):

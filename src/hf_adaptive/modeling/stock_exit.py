@@ -36,7 +36,7 @@ class GivesStockClassifiers(ModelBase):
         poolings = self.architecture.classifier_poolings
         if poolings:
             config.classifier_pooling = poolings[self.config.exit_pooling]
-        if exit_at == len(self.exits[index].branch) and hasattr(config, "conv_kernel_size"):
+        if exit_at == len(self.exits[index].branch) and "conv_kernel_size" in config.to_dict():
             config.conv_kernel_size = 0  # DeBERTa-v2's convolution belongs to the trunk
         if self.architecture.shares_layers:
             config.num_hidden_groups = _groups_of_first_layers(self.config, exit_at)
