@@ -1,5 +1,6 @@
 """Exported by stages: the same answers and exits as torch, from files that are whole."""
 
+import itertools
 import json
 import os
 import shutil
@@ -32,6 +33,7 @@ onnx = OnnxClassifierWithExits.from_pretrained("exported", threads=1)
 texts = json.load(open("texts.json"))
 examples = onnx.tokenize(texts)
 answers = onnx.predict(examples, batch_size=4)
+streamed = [answer.logits.tolist() for answer in onnx.predict_stream(iter(examples), batch_size=2, window=4)]
 onnx.save_pretrained("saved")
 messages = []
 for name in ("ExitsTrainer", "BertForSequenceClassificationWithExits", "export_onnx"):
@@ -40,6 +42,7 @@ for name in ("ExitsTrainer", "BertForSequenceClassificationWithExits", "export_o
     except ImportError as error:
         messages.append(str(error))
 found = {"logits": answers.logits.tolist(), "exit_index": answers.exit_index.tolist(), "messages": messages}
+found["streamed"] = streamed
 json.dump(found, open("found.json", "w"))
 assert not {"torch", "transformers"} & sys.modules.keys()
 """
@@ -68,7 +71,8 @@ def assert_same(found, expected):
 def assert_answers_alike(own, onnx, thresholds=None):
     tensors, arrays = batch()
     thresholds = tiny.thresholds_between(own, tensors) if thresholds is None else thresholds
-    for settings in ({}, {"exit_thresholds": thresholds}, {"exit_at": own.config.exit_layers[0]}):
+    first, *_, last = own.config.exit_layers
+    for settings in ({}, {"exit_thresholds": thresholds}, {"exit_at": first}, {"exit_at": last}):
         assert_same(onnx(**arrays, **settings), own(**tensors, **settings))
         expected = own.predict(examples(own), batch_size=5, show_progress=False, **settings)
         assert_same(onnx.predict(examples(own), batch_size=5, **settings), expected)
@@ -129,6 +133,21 @@ def test_a_learned_criterion_and_exits_beside_the_trunk(tmp_path):
         assert_answers_alike(own, onnx, thresholds=thresholds)
 
 
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_a_branch_that_is_not_asked_is_not_run(quantize, tmp_path):
+    own = small("bert", exit_branch_layers=1)
+    export_onnx(own, tmp_path, quantize=quantize)
+    onnx, arrays = load(tmp_path), batch()[1]
+    assert onnx.config.exit_branch_costs == own.config.exit_branch_costs
+    inputs = {**arrays, "token_type_ids": np.zeros_like(arrays["input_ids"])}
+    asked, not_asked = (onnx.graphs.run(0, inputs, is_asked) for is_asked in (True, False))
+    assert np.array_equal(asked["next_state"], not_asked["next_state"])
+    assert (asked["logits"].shape, not_asked["logits"].shape) == ((7, 3), (0, 3))
+    assert np.isnan(onnx(**arrays, exit_at=2).exit_logits[:, 0]).all()
+    found, expected = onnx(**arrays).exit_logits, own(**batch()[0]).exit_logits.detach().numpy()
+    assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.98
+
+
 def test_a_decoder(tmp_path):
     own = small("gpt2")
     export_onnx(own, tmp_path)
@@ -185,6 +204,35 @@ def test_what_is_no_number_goes_on_and_is_warned_of_where_it_was_asked(exported)
     assert found.exit_index.tolist() == [1] * 7
 
 
+# Streams
+
+
+def test_a_stream_is_answered_in_order_as_torch_does(own, exported):
+    onnx, rows = load(exported), examples(own)
+    for settings in ({}, {"exit_thresholds": 0.5}, {"exit_at": 2}):
+        expected = list(own.predict_stream(iter(rows), batch_size=3, window=5, **settings))
+        found = list(onnx.predict_stream(iter(rows), batch_size=3, window=5, **settings))
+        for ours, theirs in zip(found, expected, strict=True):
+            assert_same(ours, theirs)
+
+
+def test_a_stream_is_read_no_further_than_its_window(exported):
+    taken = itertools.count()
+    endless = ({"input_ids": [5, 6, next(taken) % 50 + 4]} for _ in itertools.count())
+    answers = load(exported).predict_stream(endless, window=16, exit_at=1)
+    assert next(answers).exit_index == 0
+    assert next(taken) == 16
+
+
+def test_streams_that_cannot_be_read(own, exported):
+    onnx, rows = load(exported), examples(own)
+    assert list(onnx.predict_stream([])) == []
+    with pytest.raises(ValueError, match="window must be at least 1, got 0"):
+        onnx.predict_stream(rows, window=0)
+    with pytest.raises(ValueError, match=r"rows 12 to 12 of the stream: examples\[0\] has no tokens"):
+        list(onnx.predict_stream([*rows, {"input_ids": [], "attention_mask": []}], window=4))
+
+
 # Without torch
 
 
@@ -201,16 +249,26 @@ def test_it_runs_without_torch(python, own, exported, tmp_path):
     expected = own.predict(tiny.tokenizer()(texts), show_progress=False)
     assert found["exit_index"] == expected.exit_index.tolist()
     np.testing.assert_allclose(found["logits"], expected.logits.numpy(), atol=1e-5)
+    np.testing.assert_allclose(found["streamed"], expected.logits.numpy(), atol=1e-5)
     names = ("ExitsTrainer", "BertForSequenceClassificationWithExits", "export_onnx")
     for name, message in zip(names, found["messages"], strict=True):
         assert message.startswith(f"hf_adaptive.{name} needs torch and transformers")
     assert load(tmp_path / "saved").config.exit_thresholds == [0.6, None]
 
 
-def test_what_is_missing_is_named(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(ImportError, match=r'onnxscript is not installed.*pip install "hf_adaptive\[onnx\]"'):
-        export_onnx(tiny.model(), tmp_path)
+def test_what_is_missing_is_named(exported, monkeypatch, tmp_path):
+    uses = {
+        "onnx": lambda: export_onnx(tiny.model(), tmp_path),
+        "onnxscript": lambda: export_onnx(tiny.model(), tmp_path),
+        "onnxruntime": lambda: load(exported),
+        "tokenizers": lambda: load(exported).tokenize(["good film"]),
+    }
+    for package, use in uses.items():
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, package, None)
+            with pytest.raises(ImportError, match=rf'{package} is not installed.*pip install "hf_adaptive\[onnx\]"'):
+                use()
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_public_name_is_there():

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 CONFIG_FILE, STAGES_FILE, TOKENIZER_FILE = "config.json", "stages.json", "tokenizer.json"
-FORMAT = 1
+FORMAT = 2
+# Inputs and outputs of graphs that are no columns of examples.
+STATE, NEXT_STATE, IS_ASKED = "state", "next_state", "is_asked"
 QUANTIZATIONS = ("int8",)
 
 
@@ -16,7 +18,8 @@ class Stage:
 
     Args:
         file (`str`): Its name in the folder.
-        inputs (`list[str]`): What it is given: tokens and masks, or `state`, what the stage before it handed on.
+        inputs (`list[str]`): What it is given: tokens and masks, or `state`, what the stage before it handed on; and
+            `is_asked` where the exit has layers of its own, which are not run if it is false.
         outputs (`list[str]`): `logits` (before temperatures), `certainty` where it is learned, and `next_state` where
             a later stage goes on from it.
     """
@@ -33,7 +36,7 @@ class Stages:
     Args:
         stages (`list[Stage]`): In the order in which they are run.
         costs (`list[float]`): Cost of each exit, as `exit_costs` of the model.
-        has_branch (`list[bool]`): Which exits have layers of their own.
+        branch_costs (`list[float]`): The part of each exit's cost that is its own layers, as `exit_branch_costs`.
         limits (`dict[str, int]`): How many values there are for each input that is looked up in a table.
         certainty_ranges (`list[list[float]]`, *optional*): Least and largest certainty of each exit's learned unit.
         quantize (`str`, *optional*): How the weights were quantised.
@@ -43,7 +46,7 @@ class Stages:
 
     stages: list[Stage]
     costs: list[float]
-    has_branch: list[bool]
+    branch_costs: list[float]
     limits: dict[str, int]
     certainty_ranges: list[list[float]] | None
     quantize: str | None

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ from ..modeling.criteria import (
     problem_type,
 )
 from ..modeling.scheduling import RowAnswers, StagedFlow, StageScheduler, sorted_batches
+from ..modeling.streams import stream
 from ..modeling.switch import replaced_files, settle
 from .folder import CONFIG_FILE, STAGES_FILE, TOKENIZER_FILE, Stages, read_json
 from .onnx_graphs import StageGraphs, needed
-from .onnx_stages import OnnxRows, OnnxStages
+from .onnx_stages import OnnxStages
 
 
 @dataclass
@@ -70,9 +71,7 @@ class OnnxConfig:
         self.certainty_ranges = stages.certainty_ranges
         self.limits = stages.limits
         self.exit_costs = stages.costs
-        self.has_branch = stages.has_branch
-        # A stage is one graph, with its branch: nothing is saved where no row may leave.
-        self.exit_branch_costs = [0.0] * len(stages.costs)
+        self.exit_branch_costs = stages.branch_costs
         self._names = (*values, *(name for name in OnnxConfig.__annotations__ if name not in values))
 
     @property
@@ -178,13 +177,16 @@ class OnnxClassifierWithExits:
         stages = self.staged(exit_thresholds, exit_at)
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
         examples = stages.read({name: values for name, values in given.items() if values is not None})
-        numbers, stage = np.arange(len(examples)), 0
-        batch: OnnxRows | None = stages.start(examples, numbers)
+        numbers = np.arange(len(examples))
+        result = stages.run(0, stages.start(examples, numbers))
+        if result.batch is None:
+            return _output(result.answers)
         answers = _Collected(len(examples))
-        while batch is not None:
-            result = stages.run(stage, batch)
+        while result.batch is not None:
             answers.put(numbers[result.leaving], result.answers)
-            numbers, batch, stage = numbers[result.staying], result.batch, result.stage
+            numbers = numbers[result.staying]
+            result = stages.run(result.stage, result.batch)
+        answers.put(numbers, result.answers)
         return answers.output()
 
     def predict(
@@ -223,6 +225,32 @@ class OnnxClassifierWithExits:
                 answers.put(order[[row.number for row in left]], said)
                 advance(len(left))
         return answers.output()
+
+    def predict_stream(
+        self,
+        examples: Iterable[Any],
+        batch_size: int = 32,
+        window: int = 4096,
+        exit_thresholds: list[float | None] | float | None = None,
+        exit_at: int | None = None,
+    ) -> Iterator[OnnxOutput]:
+        """Classifies whatever can be iterated over, in bounded memory: rows are read in windows, as by the model's.
+
+        Args:
+            examples (`Iterable`): Tokenised examples.
+            batch_size (`int`): Examples run at a time, at every stage.
+            window (`int`): Examples read at a time; the more, the more alike are the lengths in a batch.
+            exit_thresholds, exit_at: As when it is called.
+
+        Returns:
+            `Iterator[OnnxOutput]`: One answer an example, in their order, without the batch dimension.
+
+        Raises:
+            ValueError: What `predict` refuses (when that row is read), or a window below 1.
+        """
+        return stream(
+            examples, window, lambda rows: _one_by_one(self.predict(rows, batch_size, exit_thresholds, exit_at))
+        )
 
     @property
     def input_limits(self) -> dict[str, int]:
@@ -273,7 +301,9 @@ class OnnxClassifierWithExits:
             if thresholds is not None:
                 raise ValueError(f"give exit_at={exit_at} or exit_thresholds={thresholds}, not both.")
             position = exit_position(exit_at, self.config.exit_layers)
-            return None if position == len(self.config.exit_layers) - 1 else ForcedPolicy(position)
+            is_last = position == len(self.config.exit_layers) - 1
+            # Where branches are to be left out there is a policy for the last exit, too.
+            return None if is_last and not any(self.config.exit_branch_costs) else ForcedPolicy(position)
         thresholds = self.config.exit_thresholds if thresholds is None else thresholds
         if thresholds is None:
             return None
@@ -306,8 +336,18 @@ class _Collected:
 
     def output(self) -> OnnxOutput:
         assert self.answers is not None, "there is at least one example"
-        found = self.answers
-        return OnnxOutput(found.taken, found.logits, found.exit_index, found.certainty)
+        return _output(self.answers)
+
+
+def _output(answers: RowAnswers) -> OnnxOutput:
+    return OnnxOutput(answers.taken, answers.logits, answers.exit_index, answers.certainty)
+
+
+def _one_by_one(outputs: OnnxOutput) -> Iterator[OnnxOutput]:
+    """The answers of a batch, without the batch dimension."""
+    for row in range(len(outputs.logits)):
+        certainty = None if outputs.exit_certainty is None else outputs.exit_certainty[row]
+        yield OnnxOutput(outputs.logits[row], outputs.exit_logits[row], outputs.exit_index[row], certainty)
 
 
 def _check_fit(graphs: StageGraphs, config: OnnxConfig, folder: Path) -> None:

@@ -10,8 +10,20 @@ import numpy as np
 import torch
 
 from ..modeling.switch import replaced_files
-from .folder import CONFIG_FILE, QUANTIZATIONS, STAGES_FILE, TOKENIZER_FILE, Stage, Stages, graph_file, is_graph
+from .folder import (
+    CONFIG_FILE,
+    NEXT_STATE,
+    QUANTIZATIONS,
+    STAGES_FILE,
+    STATE,
+    TOKENIZER_FILE,
+    Stage,
+    Stages,
+    graph_file,
+    is_graph,
+)
 from .onnx_graphs import StageGraphs, needed
+from .optional_exits import make_exit_optional
 from .quantization import quantize_int8
 from .stage_modules import stage_modules
 
@@ -60,11 +72,18 @@ def export_onnx(
     plain = _plain_copy(model)
     with replaced_files(target, STAGES_FILE, is_stale=is_graph) as new:
         stages = _write_graphs(plain, new, opset)
+        if quantize is not None:
+            _compare(plain, StageGraphs(new, stages))
+            quantize_int8(new, stages)
+        stages = [
+            make_exit_optional(new, stage) if branch_cost > 0 else stage
+            for stage, branch_cost in zip(stages, model.config.exit_branch_costs)
+        ]
         for stage in stages:
             onnx.checker.check_model(new / stage.file, full_check=True)
-        _compare(plain, StageGraphs(new, stages))
-        if quantize is not None:
-            quantize_int8(new, stages)
+        graphs = StageGraphs(new, stages)
+        if quantize is None:
+            _compare(plain, graphs)
         (new / CONFIG_FILE).write_text(model.config.to_json_string(use_diff=False))
         _described(model, stages, quantize, opset).write(new)
         if tokenizer is not None:
@@ -118,8 +137,8 @@ def _write_graphs(model: Any, folder: Path, opset: int) -> list[Stage]:
         outputs = dict(zip(module.outputs, module(given)))
         stages.append(Stage(graph_file(index), module.inputs, module.outputs))
         _write_graph(module, given, folder / graph_file(index), opset)
-        if "next_state" in outputs:
-            tensors["state"] = outputs["next_state"]
+        if NEXT_STATE in outputs:
+            tensors[STATE] = outputs[NEXT_STATE]
     return stages
 
 
@@ -177,8 +196,8 @@ def _compare(model: Any, graphs: StageGraphs) -> None:
             found = graphs.run(index, arrays)
             for name in found.keys() & expected.keys():
                 _check_close(name, index, found[name], expected[name][:, index].numpy())
-            if "next_state" in found:
-                arrays["state"] = found["next_state"]
+            if NEXT_STATE in found:
+                arrays[STATE] = found[NEXT_STATE]
 
 
 def _check_close(name: str, index: int, found: np.ndarray, expected: np.ndarray) -> None:
@@ -197,7 +216,7 @@ def _described(model: Any, stages: list[Stage], quantize: str | None, opset: int
     return Stages(
         stages=stages,
         costs=list(model.config.exit_costs),
-        has_branch=[cost > 0 for cost in model.config.exit_branch_costs],
+        branch_costs=list(model.config.exit_branch_costs),
         limits=model.input_limits,
         certainty_ranges=[list(each) for each in ranges] or None,
         quantize=quantize,

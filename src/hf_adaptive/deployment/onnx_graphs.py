@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .folder import Stage
+from .folder import IS_ASKED, STATE, Stage
 
 
 def needed(package: str) -> Any:
@@ -53,10 +53,10 @@ class StageGraphs:
         options = runtime.SessionOptions()
         options.intra_op_num_threads = _checked_threads(threads)
         options.log_severity_level = 3
-        if len(self.stages) > 1:
-            # Each graph has threads of its own. Waiting in a loop for the next call, as they do by default, those of
-            # the graph that ran before would take the processor from the one that runs now.
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Each graph has threads of its own. Waiting in a loop for the next call, as they do by default, those of the
+        # graph that ran before would take the processor from the one that runs now. While a graph runs they may wait
+        # in a loop: to be woken for every operation takes longer than small ones do.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         self._sessions = [_session(runtime, folder / stage.file, options, chosen) for stage in self.stages]
         for stage, session in zip(self.stages, self._sessions):
             _check_names(stage, session, folder)
@@ -67,17 +67,25 @@ class StageGraphs:
     @property
     def inputs(self) -> list[str]:
         """What the graphs read of an example."""
-        return list(dict.fromkeys(name for stage in self.stages for name in stage.inputs if name != "state"))
+        names = dict.fromkeys(name for stage in self.stages for name in stage.inputs)
+        return [name for name in names if name not in (STATE, IS_ASKED)]
 
     def shape(self, index: int, output: str) -> list[Any]:
         """Shape of an output of one graph, as the graph declares it; names stand for what is free."""
         shapes = {each.name: each.shape for each in self._sessions[index].get_outputs()}
         return shapes[output]
 
-    def run(self, index: int, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Outputs of one graph by name, from arrays of which some are its inputs."""
+    def run(self, index: int, arrays: Mapping[str, np.ndarray], is_asked: bool = True) -> dict[str, np.ndarray]:
+        """Outputs of one graph by name.
+
+        Args:
+            index (`int`): Of the stage.
+            arrays (`Mapping[str, np.ndarray]`): Some are the graph's inputs.
+            is_asked (`bool`): Whether what the exit says is wanted; if not, it may have no rows.
+        """
         stage = self.stages[index]
-        given = {name: arrays[name] for name in stage.inputs}
+        known = {**arrays, IS_ASKED: np.array(is_asked)}
+        given = {name: known[name] for name in stage.inputs}
         return dict(zip(stage.outputs, self._sessions[index].run(stage.outputs, given)))
 
 

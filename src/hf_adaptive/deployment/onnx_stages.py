@@ -10,6 +10,7 @@ from ..modeling.criteria import Evidence, Policy, problem_type
 from ..modeling.examples import TokenisedExamples, read_examples
 from ..modeling.scheduling import RowAnswers, StageResult
 from ..warning import warn_caller
+from .folder import NEXT_STATE, STATE
 from .onnx_graphs import StageGraphs
 
 # What starting a batch costs, in tokens that could be run through a layer instead, as in torch on a CPU.
@@ -38,7 +39,7 @@ class OnnxRows:
         lengths = self.lengths[rows]
         longest = lengths.max()
         arrays = {name: array[rows, :longest] for name, array in self.arrays.items()}
-        return OnnxRows(arrays, lengths, selected(self.answers, rows))
+        return OnnxRows(arrays, lengths, self.answers.select(rows))
 
 
 class OnnxStages:
@@ -97,19 +98,22 @@ class OnnxStages:
         """Runs a batch from a stage on until a row leaves."""
         if self.policy is None:
             return StageResult(list(range(len(batch))), self.run_whole(batch))
-        arrays, answers = dict(batch.arrays), selected(batch.answers, np.arange(len(batch)))
+        arrays, answers = dict(batch.arrays), batch.answers.copy()
         for index in range(stage, self.stages - 1):
-            self._run_graph(index, arrays, answers, is_asked=self._is_asked(index))
+            if not self._is_asked(index):
+                self._run_trunk(index, arrays)
+                continue
+            self._run_graph(index, arrays, answers)
             leaves = self._leaves(index, answers)
             if leaves.any():
                 answers.exit_index[leaves] = index
-                return self._parted(index, leaves, OnnxRows(arrays, batch.lengths, answers))
+                return _parted(index, leaves, OnnxRows(arrays, batch.lengths, answers))
         self._run_graph(self.stages - 1, arrays, answers)
         return StageResult(list(range(len(batch))), answers)
 
     def run_whole(self, batch: OnnxRows) -> RowAnswers:
         """Runs a batch to the last exit, noting what all say."""
-        arrays, answers = dict(batch.arrays), selected(batch.answers, np.arange(len(batch)))
+        arrays, answers = dict(batch.arrays), batch.answers.copy()
         for index in range(self.stages):
             self._run_graph(index, arrays, answers)
         return answers
@@ -118,15 +122,15 @@ class OnnxStages:
         """They are that already."""
         return answers
 
-    def _run_graph(
-        self, index: int, arrays: dict[str, np.ndarray], answers: RowAnswers, is_asked: bool = True
-    ) -> None:
+    def _run_trunk(self, index: int, arrays: dict[str, np.ndarray]) -> None:
+        """Runs one stage without what is its exit's alone; `arrays` get the new state."""
+        arrays[STATE] = self.graphs.run(index, arrays, is_asked=False)[NEXT_STATE]
+
+    def _run_graph(self, index: int, arrays: dict[str, np.ndarray], answers: RowAnswers) -> None:
         """Runs one stage; `arrays` get the new state, `answers` what its exit says."""
         found = self.graphs.run(index, arrays)
-        if "next_state" in found:
-            arrays["state"] = found["next_state"]
-        if not is_asked:
-            return
+        if NEXT_STATE in found:
+            arrays[STATE] = found[NEXT_STATE]
         temperatures = self.config.exit_temperatures
         answers.logits[:, index] = found["logits"] if temperatures is None else found["logits"] / temperatures[index]
         if answers.certainty is not None:
@@ -135,13 +139,13 @@ class OnnxStages:
 
     def _is_asked(self, index: int) -> bool:
         """Whether an exit says something. As in torch, where a branch is not run if it decides nothing."""
-        return self.policy is None or not self.config.has_branch[index] or self.policy.asks(index)
+        return self.policy is None or self.config.exit_branch_costs[index] == 0 or self.policy.asks(index)
 
     def _leaves(self, index: int, answers: RowAnswers) -> np.ndarray:
         assert self.policy is not None, "without a policy no row leaves early"
         logits = answers.logits[:, : index + 1]
         count = int(np.isnan(logits[:, -1]).any(axis=-1).sum())
-        if count and self._is_asked(index):
+        if count:
             warn_caller(
                 f"the exit after layer {self.config.exit_layers[index]} gave NaN for {count} of {len(logits)} rows. "
                 "They are never counted as sure and went on."
@@ -150,12 +154,6 @@ class OnnxStages:
         evidence = Evidence(logits, problem_type(self.config), certainty, self.config.exit_tolerance)
         return self.policy.leaves(index, evidence)
 
-    def _parted(self, index: int, leaves: np.ndarray, rows: OnnxRows) -> StageResult[OnnxRows, RowAnswers]:
-        leaving, staying = np.flatnonzero(leaves), np.flatnonzero(~leaves)
-        rest = rows.select(staying) if len(staying) else None
-        left = selected(rows.answers, leaving)
-        return StageResult(leaving.tolist(), left, staying.tolist(), index + 1, rest)
-
     def _no_answers(self, rows: int) -> RowAnswers:
         exits = len(self.config.exit_layers)
         logits = np.full((rows, exits, self.config.num_labels), np.nan, dtype=np.float32)
@@ -163,10 +161,13 @@ class OnnxStages:
         return RowAnswers(logits, np.full(rows, exits - 1, dtype=np.int64), certainty)
 
 
-def selected(answers: RowAnswers, rows: Any) -> RowAnswers:
-    """A copy of the answers to some rows."""
-    certainty = None if answers.certainty is None else answers.certainty[rows]
-    return RowAnswers(answers.logits[rows], answers.exit_index[rows], certainty)
+def _parted(index: int, leaves: np.ndarray, rows: OnnxRows) -> StageResult[OnnxRows, RowAnswers]:
+    """Those that leave at an exit, and the others."""
+    if leaves.all():
+        return StageResult(list(range(len(rows))), rows.answers)
+    leaving, staying = np.flatnonzero(leaves), np.flatnonzero(~leaves)
+    left, rest = rows.answers.select(leaving), rows.select(staying)
+    return StageResult(leaving.tolist(), left, staying.tolist(), index + 1, rest)
 
 
 def _joined(parts: list[RowAnswers]) -> RowAnswers:

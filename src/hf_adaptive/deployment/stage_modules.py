@@ -8,6 +8,7 @@ from torch import nn
 
 from ..modeling.inputs import BackboneInputs
 from ..modeling.layers import Progress
+from .folder import NEXT_STATE, STATE
 
 
 class ExitStage(nn.Module):
@@ -29,8 +30,8 @@ class ExitStage(nn.Module):
         self.depth = model.config.exit_layers[index]
         self.is_last = index == len(model.config.exit_layers) - 1
         has_certainty = model.exits[index].certainty is not None
-        self.inputs = _input_names(model.base_model) if index == 0 else ["state", "attention_mask"]
-        self.outputs = ["logits", *["certainty"] * has_certainty, *["next_state"] * (not self.is_last)]
+        self.inputs = _input_names(model.base_model) if index == 0 else [STATE, "attention_mask"]
+        self.outputs = ["logits", *["certainty"] * has_certainty, *[NEXT_STATE] * (not self.is_last)]
         # Length of the tuple that a layer returns, for layers that are skipped; known after a run.
         self.output_length: int | None = None
         self._before = (before,)  # in a tuple, so that it is no module of this one
@@ -58,7 +59,7 @@ class ExitStage(nn.Module):
 
     def _start(self, tensors: dict[str, torch.Tensor]) -> Progress | None:
         before = self._before[0]
-        return None if before is None else Progress(before.depth, tensors["state"], before.output_length)
+        return None if before is None else Progress(before.depth, tensors[STATE], before.output_length)
 
 
 class MemberStage(nn.Module):

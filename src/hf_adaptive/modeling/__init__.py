@@ -31,7 +31,7 @@ It leaves, or not
     `losses.py`             what the exits learn from
     `outputs.py`            what the caller gets
 Rows of a whole data set
-    `prediction.py`         `predict`
+    `prediction.py`         `predict`; `streams.py`, the same for what has no length
     `scheduling.py`         which stage is run next, and on which rows
     `stages.py`             one stage of a model in torch
     `exit_profile.py`       what the exits did with the examples of a calibration

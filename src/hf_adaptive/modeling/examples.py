@@ -188,7 +188,10 @@ def _parts(rows: Sequence[Mapping[str, Any]], names: tuple[str, ...], limits: di
     columns = None if dataset is None else dataset.with_format("arrow", columns=list(names))
     for first in range(0, len(rows), _WINDOW):
         stop = min(first + _WINDOW, len(rows))
-        flat = None if columns is None else _flattened_by_arrow(columns[first:stop], names)
+        if columns is not None:
+            flat = _flattened_by_arrow(columns[first:stop], names)
+        else:
+            flat = _flattened_arrays(rows, names, first, stop)
         if flat is None:
             window = [_checked_row(rows[row], row, names) for row in range(first, stop)]
             flat = {name: _flattened(name, [row[name] for row in window], first) for name in names}
@@ -217,6 +220,22 @@ def _flattened_by_arrow(table: Any, names: tuple[str, ...]) -> dict[str, tuple[n
             return None
         flat[name] = numbers, lists.value_lengths().to_numpy(zero_copy_only=False)
     return flat
+
+
+def _flattened_arrays(
+    rows: Sequence[Mapping[str, Any]], names: tuple[str, ...], first: int, stop: int
+) -> dict[str, tuple[np.ndarray, np.ndarray]] | None:
+    """As `_flattened` for every column of a mapping; None unless each is an array of shape `(rows, length)`."""
+    if not isinstance(rows, _Columns):
+        return None
+    arrays = {name: rows.columns[name] for name in names}
+    if not all(
+        isinstance(array, np.ndarray) and array.ndim == 2 and array.dtype.kind in _kinds(name)
+        for name, array in arrays.items()
+    ):
+        return None
+    lengths = {name: np.full(stop - first, array.shape[1]) for name, array in arrays.items()}
+    return {name: (array[first:stop].reshape(-1), lengths[name]) for name, array in arrays.items()}
 
 
 def _checked_row(row: Any, number: int, names: tuple[str, ...]) -> Mapping[str, Any]:

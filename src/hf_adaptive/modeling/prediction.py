@@ -5,7 +5,6 @@ regrouped into full batches for the next segment, and so on. One hard example do
 lost most of its rows is not run on nearly empty.
 """
 
-import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from .outputs import SequenceClassifierWithExitsOutput
 from .processes import Shares
 from .scheduling import StagedFlow, StageScheduler, WaitingRow, sorted_batches
 from .stages import TorchStages
+from .streams import stream
 
 
 class PredictsDatasets(ModelBase):
@@ -104,28 +104,9 @@ class PredictsDatasets(ModelBase):
         Raises:
             ValueError: What `predict` refuses (when that row is read), or a window below 1.
         """
-        if window < 1:
-            raise ValueError(f"window must be at least 1, got {window}.")
-        settings = {"exit_thresholds": exit_thresholds, "exit_at": exit_at, "show_progress": False}
-        return self._stream(
-            iter(examples), window, batch_size, {**settings, "split_between_processes": split_between_processes}
-        )
-
-    def _stream(
-        self, examples: Iterator[Mapping[str, Any]], window: int, batch_size: int, settings: dict[str, Any]
-    ) -> Iterator[SequenceClassifierWithExitsOutput]:
-        start = 0
-        while rows := list(itertools.islice(examples, window)):
-            try:
-                outputs = self.predict(rows, batch_size, **settings)
-            except ValueError as error:
-                raise ValueError(f"rows {start} to {start + len(rows) - 1} of the stream: {error}") from error
-            names, columns = zip(*outputs.items())
-            yield from (
-                SequenceClassifierWithExitsOutput(**dict(zip(names, values)))
-                for values in zip(*(column.unbind() for column in columns))
-            )
-            start += len(rows)
+        settings: dict[str, Any] = {"exit_thresholds": exit_thresholds, "exit_at": exit_at, "show_progress": False}
+        settings["split_between_processes"] = split_between_processes
+        return stream(examples, window, lambda rows: _one_by_one(self.predict(rows, batch_size, **settings)))
 
     def staged(
         self, exit_thresholds: list[float | None] | float | None = None, exit_at: int | None = None
@@ -241,3 +222,10 @@ class StagedRun:
             self.answers = Answers.none_yet(len(self.batches), answers.logits.shape[1], answers.of_exit(0))
         self.answers.put(self.batches.places(left).to(answers.logits.device), answers)
         self.bar.update(len(left))
+
+
+def _one_by_one(outputs: SequenceClassifierWithExitsOutput) -> Iterator[SequenceClassifierWithExitsOutput]:
+    """The answers of a batch, without the batch dimension."""
+    names, columns = zip(*outputs.items())
+    for values in zip(*(column.unbind() for column in columns)):
+        yield SequenceClassifierWithExitsOutput(**dict(zip(names, values)))

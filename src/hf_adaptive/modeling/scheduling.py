@@ -60,9 +60,14 @@ class RowAnswers:
         """Scores of the exit that each row took, `(rows, labels)`."""
         return self.logits[np.arange(len(self.logits)), self.exit_index]
 
-    def select(self, rows: Sequence[int]) -> "RowAnswers":
-        """The answers to some rows."""
-        index = np.array(rows, dtype=np.int64)
+    def copy(self) -> "RowAnswers":
+        """The same in arrays of their own."""
+        certainty = None if self.certainty is None else self.certainty.copy()
+        return RowAnswers(self.logits.copy(), self.exit_index.copy(), certainty)
+
+    def select(self, rows: Sequence[int] | np.ndarray) -> "RowAnswers":
+        """The answers to some rows, in arrays of their own."""
+        index = np.asarray(rows, dtype=np.int64)
         certainty = None if self.certainty is None else self.certainty[index]
         return RowAnswers(self.logits[index], self.exit_index[index], certainty)
 
