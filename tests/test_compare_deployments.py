@@ -1,19 +1,15 @@
-"""The comparison of deployments: from the command line on a tiny encoder, and what its page says of given numbers. No
-time is asserted."""
+"""The comparison of deployments, as from the command line on a tiny encoder, and what its page says of given numbers.
+
+No time is asserted.
+"""
 
 import csv
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from tests import tiny
-
-BENCHMARKS = Path(__file__).parent.parent / "examples" / "benchmarks"
-sys.path.append(str(BENCHMARKS))
+from tests.scripts import run_here
 
 for package in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package)
@@ -21,13 +17,8 @@ for package in ("onnx", "onnxscript", "onnxruntime"):
 from deployment_results import Comparison  # noqa: E402
 from deployment_systems import OURS, PROMISED, REFERENCE, SMALLER, TODAY  # noqa: E402
 
+pytestmark = tiny.on_few_rows
 EXITS = ("exits, torch", "exits, ONNX fp32", "exits, ONNX int8")
-
-
-def run(*arguments, folder):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HOME": str(folder / "home")}
-    command = [sys.executable, str(BENCHMARKS / "compare_deployments.py"), *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +31,7 @@ def compared(tmp_path_factory):
         writer.writerow(["text", "label"])
         writer.writerows([text, "good" if "good" in text else "other"] for text in tiny.sentences(240))
     arguments = ["--quick", "--encoder", "encoder", "--exit_layers", 2, 4, "--tasks", "films=labelled.csv"]
-    finished = run(*arguments, "--output_dir", "out", folder=folder)
-    assert finished.returncode == 0, finished.stdout + finished.stderr[-3000:]
-    return folder, arguments, finished.stdout
+    return folder, arguments, run_here("compare_deployments", *arguments, "--output_dir", "out", folder=folder)
 
 
 def test_every_way_is_measured(compared):
@@ -76,13 +65,11 @@ def test_it_is_taken_up_where_it_was(compared):
     folder, arguments, _ = compared
     [lost] = (folder / "out" / "runs").glob("*static*")
     lost.unlink()
-    finished = run(*arguments, "--output_dir", "out", folder=folder)
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    done = [line for line in finished.stdout.splitlines() if line.startswith("films, seed 0: ")]
+    printed = run_here("compare_deployments", *arguments, "--output_dir", "out", folder=folder)
+    done = [line for line in printed.splitlines() if line.startswith("films, seed 0: ")]
     assert done == ["films, seed 0: static embeddings"]
-    finished = run(*arguments, "--max_length", 8, "--output_dir", "out", folder=folder)
-    assert finished.returncode != 0
-    assert "out holds results of other settings: max_length=64" in finished.stderr
+    with pytest.raises(ValueError, match="out holds results of other settings: max_length=64"):
+        run_here("compare_deployments", *arguments, "--max_length", 8, "--output_dir", "out", folder=folder)
 
 
 def measured(task="films", seed=0, **points):
