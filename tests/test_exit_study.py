@@ -1,6 +1,5 @@
-"""The study of examples/run_exit_study.py, on a tiny encoder and local files, run as a user would."""
+"""The study of examples/run_exit_study.py, as from the command line, on a tiny encoder and local files."""
 
-import importlib
 import json
 import os
 import re
@@ -12,13 +11,15 @@ import time
 from pathlib import Path
 
 import pytest
-import transformers
 from datasets import Dataset
 
+import exit_study_both_ends
+import run_exit_study
 from exit_study_figures import style
 from tests import tiny
+from tests.scripts import run_here
 
-SCRIPT = Path(__file__).parent.parent / "examples" / "run_exit_study.py"
+SCRIPT = Path(run_exit_study.__file__)
 FLAGS = (
     *("--model", "encoder", "--tasks", "toy=toy", "pairs=pairs.csv,text=first,pair=second,label=answer"),
     *("--exit_layers", "1", "2", "4", "--seeds", "0", "1", "--num_train_epochs", "1", "--use_cpu", "True"),
@@ -37,18 +38,9 @@ PART = (
 RUNS_OF_PART = 2 * 2
 
 
-def environment(folder):
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "home")}
-
-
-def study(folder, *flags, launch=()):
-    return subprocess.run(
-        [sys.executable, *launch, str(SCRIPT), *FLAGS, *map(str, flags)],
-        cwd=folder,
-        env=environment(folder),
-        capture_output=True,
-        text=True,
-    )
+def study(folder, *flags):
+    """In this process, which has imported what takes longest."""
+    run_here(SCRIPT.stem, *FLAGS, *flags, folder=folder)
 
 
 def results(folder):
@@ -100,8 +92,7 @@ def folder(tmp_path_factory):
 def whole(folder):
     """Of the study in one go, on one process: the output folder."""
     cards = ("--cards_dir", folder / "cards", "--card_methods", "multi-model", "sweet")
-    done = study(folder, "whole", *cards)
-    assert done.returncode == 0, done.stderr[-4000:]
+    study(folder, "whole", *cards)
     return folder / "whole"
 
 
@@ -155,11 +146,12 @@ def test_numbers_on_the_cards_are_of_the_json(whole, folder):
     assert (folder / "cards" / "pairs-sweet" / "cls" / "README.md").exists()
 
 
-def test_a_killed_study_goes_on_to_the_same_results(whole, folder):
-    command = [sys.executable, str(SCRIPT), *FLAGS, "killed", *PART]
+def test_a_killed_study_goes_on_to_the_same_results_on_two_processes(whole, folder):
+    command = [str(SCRIPT), *FLAGS, "killed", *PART]
+    settings = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "home")}
     runs = folder / "killed" / "runs"
     process = subprocess.Popen(
-        command, cwd=folder, env=environment(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, *command], cwd=folder, env=settings, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     while not list(runs.glob("*.json")):
         assert process.poll() is None, "the study ended before its first run"
@@ -168,55 +160,35 @@ def test_a_killed_study_goes_on_to_the_same_results(whole, folder):
     process.wait()
     written = {file: file.stat().st_mtime_ns for file in runs.glob("*.json")}
     assert 0 < len(written) < RUNS_OF_PART
-    done = study(folder, "killed", *PART)
+    done = subprocess.run(
+        [sys.executable, *LAUNCH, *command], cwd=folder, env=settings, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     assert_part_of(whole, folder / "killed")
     assert {file: file.stat().st_mtime_ns for file in written} == written
 
 
-def test_two_processes_give_the_results_of_one(whole, folder):
-    done = study(folder, "two", *PART, launch=LAUNCH)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert_part_of(whole, folder / "two")
-
-
-@pytest.fixture
-def in_this_process(folder, monkeypatch):
-    """Runs the study's `main`, for calls that end before any training."""
-    verbosity = transformers.logging.get_verbosity()
-    monkeypatch.chdir(folder)
-
-    def run(*flags):
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *FLAGS, *flags])
-        importlib.import_module(SCRIPT.stem).main()
-
-    yield run
-    transformers.logging.set_verbosity(verbosity)
-
-
-def test_seeds_may_be_added_but_other_settings_are_refused(whole, folder, in_this_process):
+def test_seeds_may_be_added_but_other_settings_are_refused(whole, folder, monkeypatch):
     shutil.copytree(whole / "runs", folder / "more" / "runs")
     shutil.copytree(whole / "checkpoints", folder / "more" / "checkpoints")
     shutil.copy(whole / "settings.json", folder / "more")
     with pytest.raises(ValueError, match=r"holds results of other settings: learning_rate=0\.0002"):
-        in_this_process("more", "--learning_rate", "1e-5")
-    done = study(folder, "more", "--seeds", 0, 1, 2, "--mean_methods", "joint", "--cls_methods", "none")
-    assert done.returncode == 0, done.stderr[-4000:]
+        study(folder, "more", "--learning_rate", "1e-5")
+    monkeypatch.setattr(run_exit_study, "write_figures", lambda *_: None)  # those of the whole study are looked at
+    study(folder, "more", "--seeds", 0, 1, 2, "--mean_methods", "joint", "--cls_methods", "none")
     found = results(folder / "more")
     assert [run["seed"] for run in found["runs"] if run["task"] == "toy"] == [0, 1, 2]
 
 
-def test_bad_tasks_and_methods_are_named(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    script = importlib.import_module(SCRIPT.stem)
+def test_bad_tasks_and_methods_are_named():
     with pytest.raises(ValueError, match=r"a task must be name=source, .* got 'toy=toy,txt=text'"):
-        script.Task.parse("toy=toy,txt=text")
+        run_exit_study.Task.parse("toy=toy,txt=text")
     with pytest.raises(ValueError, match="got 'toy'"):
-        script.Task.parse("toy")
+        run_exit_study.Task.parse("toy")
     for method in ("share-2", "share-", "swet", "joint+twig", "joint+distilled+branch", "multi-model+branch"):
         with pytest.raises(ValueError, match=re.escape(f"unknown method '{method}'")):
-            script.methods_named(["joint", method])
-    assert script.methods_named(["share-0.3+branch", "sweet+branch+distilled"])
+            run_exit_study.methods_named(["joint", method])
+    assert run_exit_study.methods_named(["share-0.3+branch", "sweet+branch+distilled"])
 
 
 def report(first, last, dearest=1.0):
@@ -232,8 +204,6 @@ def report(first, last, dearest=1.0):
 
 
 def test_the_page_on_both_ends_says_what_was_kept_and_what_was_missed(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    script = importlib.import_module("exit_study_both_ends")
     scores = {
         "joint": (0.70, 0.90),
         "sweet": (0.80, 0.84),
@@ -252,7 +222,7 @@ def test_the_page_on_both_ends_says_what_was_kept_and_what_was_missed(tmp_path, 
     settings |= {"learning_rate": 1e-4, "tasks": {"toy": {}, "not yet": {}}}
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     monkeypatch.setattr(sys, "argv", ["script", str(tmp_path), str(tmp_path / "page")])
-    script.main()
+    exit_study_both_ends.main()
     page = (tmp_path / "page" / "results.md").read_text()
     assert "| toy | last exit ≥ plain − 0.3 | -1.0 ± 0.0 | **no** |" in page
     assert "| toy | first exit ≥ its depth alone − 0.5 | +0.0 ± 0.0 | yes |" in page

@@ -1,26 +1,19 @@
 """The study of examples/run_papa.py, on a tiny model."""
 
-import importlib
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from datasets import Dataset
 
+import papa_study_parts
+import papa_study_results
+import run_papa
 from tests import tiny
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 FIGURES = {"scores.svg", "heads-model.png", "constants-model.png"}
-
-
-@pytest.fixture(scope="module")
-def study():
-    sys.path.append(str(EXAMPLES))
-    yield importlib.import_module("run_papa")
-    sys.path.remove(str(EXAMPLES))
 
 
 @pytest.fixture
@@ -37,7 +30,7 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def run(study, folder, monkeypatch):
+def run(folder, monkeypatch):
     """Runs the study; returns its results."""
 
     def run(*tasks, **flags):
@@ -59,10 +52,17 @@ def run(study, folder, monkeypatch):
             for word in (f"--{name}", *(map(str, value) if isinstance(value, tuple) else [str(value)]))
         ]
         monkeypatch.setattr(sys, "argv", ["run_papa.py", *words])
-        study.main()
+        run_papa.main()
         return json.loads((folder / "out" / "page" / "results.json").read_text())
 
     return run
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """To draw takes longest, and the first test looks at what is drawn."""
+    for draw in ("draw_scores", "plot_head_ranks", "plot_constants"):
+        monkeypatch.setattr(papa_study_results, draw, lambda *_: None)
 
 
 def rows(task, count, seed):
@@ -103,19 +103,20 @@ def test_one_command_gives_a_page_on_all_tasks(run, folder, fixed_positions):
     assert not [file for file in written if str(folder).encode() in file.read_bytes()]
 
 
-def test_stored_states_give_the_answers_of_the_whole_model(study, folder, monkeypatch):
+def test_stored_states_give_the_answers_of_the_whole_model(folder):
     """The probe is trained and scored on what the frozen backbone gave once."""
-    parts = importlib.import_module("papa_study_parts")
-    task = parts.Task.parse(f"texts={folder / 'texts'},length=14")
-    part = parts.Part(str(folder / "model"), task, study.StudyArguments(tasks=[], output_dir=str(folder / "out")))
+    task = papa_study_parts.Task.parse(f"texts={folder / 'texts'},length=14")
+    part = papa_study_parts.Part(
+        str(folder / "model"), task, run_papa.StudyArguments(tasks=[], output_dir=str(folder / "out"))
+    )
     model = part.papa_model(1, 0).eval()
-    stored = parts.collate_states(part._stored_states(model, "test"))
+    stored = papa_study_parts.collate_states(part._stored_states(model, "test"))
     expected = torch.cat([model(**batch).logits for batch in part.batches("test")])
-    setattr(model, model.base_model_prefix, parts.StoredStates(1 + model.config.num_hidden_layers))
+    setattr(model, model.base_model_prefix, papa_study_parts.StoredStates(1 + model.config.num_hidden_layers))
     torch.testing.assert_close(model(**stored).logits, expected, atol=5e-3, rtol=0)
 
 
-def test_a_stopped_study_goes_on_without_repeating_steps(run, folder, monkeypatch):
+def test_a_stopped_study_goes_on_without_repeating_steps(run, folder, no_figures, monkeypatch):
     whole = run("texts")
     (folder / "out" / "page" / "results.json").unlink()
     next(folder.joinpath("out").rglob("constant-1.0000-seed-1.json")).unlink()
@@ -127,7 +128,7 @@ def test_a_stopped_study_goes_on_without_repeating_steps(run, folder, monkeypatc
     assert again == whole
 
 
-def test_more_may_be_added_but_other_settings_are_refused(run):
+def test_more_may_be_added_but_other_settings_are_refused(run, no_figures):
     run("texts", fractions=(0,), seeds=(0,))
     (part,) = run("texts", fractions=(0, 1), seeds=(0,))["parts"]
     assert [row["fraction"] for row in part["scores"]] == [0, 1]
@@ -136,7 +137,7 @@ def test_more_may_be_added_but_other_settings_are_refused(run):
 
 
 @tiny.on_few_rows
-def test_constant_heads_and_exits_alone_and_together_with_their_time(run, folder):
+def test_constant_heads_and_exits_alone_and_together_with_their_time(run, folder, no_figures):
     flags = {"exits_on": ("model/texts",), "seeds": (0,)}
     (part,) = run("texts", **flags)["parts"]
     methods = {one["method"]: one for one in part["exits"]}
