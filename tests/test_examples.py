@@ -1,32 +1,17 @@
-"""The examples run from the command line, on a tiny encoder and a local file."""
+"""The examples run as from the command line, on a tiny encoder and a local file."""
 
 import csv
 import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+import quickstart as quickstart_script
 from tests import tiny
-
-EXAMPLES = Path(__file__).parent.parent / "examples"
-
-
-def run(script, *arguments, folder):
-    """Runs an example as a user would, from a folder of its own; returns what it printed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
-    finished = subprocess.run(
-        [sys.executable, str(EXAMPLES / script), *map(str, arguments)],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    return finished.stdout
+from tests.scripts import run_here
 
 
 @pytest.fixture(scope="module")
@@ -50,15 +35,22 @@ def pairs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def quickstart(encoder, pairs, tmp_path_factory):
+    """The folder in which a user ran it, and what was printed."""
     folder = tmp_path_factory.mktemp("quickstart")
-    printed = run(
-        "quickstart.py",
+    flags = (
         *("--model", encoder, "--dataset", pairs, "--text_column", "first", "--text_pair_column", "second"),
         *("--label_column", "answer", "--exit_layers", 1, 2, 4, "--num_train_epochs", 1, "--output_dir", "out"),
         *("--use_cpu", "True", "--max_length", 32),
-        folder=folder,
     )
-    return folder, printed
+    finished = subprocess.run(
+        [sys.executable, quickstart_script.__file__, *map(str, flags)],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(folder / "cache")},
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return folder, finished.stdout
 
 
 def test_quickstart_on_pairs_from_a_local_file(quickstart):
@@ -81,20 +73,16 @@ def test_quickstart_on_pairs_from_a_local_file(quickstart):
 
 
 def test_quickstart_names_a_column_that_is_not_there(encoder, pairs, tmp_path):
-    finished = subprocess.run(
-        [sys.executable, str(EXAMPLES / "quickstart.py"), "--model", str(encoder), "--dataset", str(pairs)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert finished.returncode != 0
-    assert "has no column ['text', 'label']; it has ['first', 'second', 'answer']" in finished.stderr
+    with pytest.raises(ValueError, match=r"has no column \['text', 'label'\]; it has \['first', 'second', 'answer'\]"):
+        run_here("quickstart", "--model", encoder, "--dataset", pairs, folder=tmp_path)
 
 
+@tiny.on_few_rows
+@tiny.on_rows_used_before
 def test_calibrate_takes_the_quickstarts_checkpoint(quickstart, pairs, tmp_path):
     folder, _ = quickstart
-    printed = run(
-        "calibrate.py",
+    printed = run_here(
+        "calibrate",
         *("--checkpoint", folder / "out" / "checkpoint", "--dataset", pairs, "--label_column", "answer"),
         *("--text_column", "first", "--text_pair_column", "second", "--max_length", 32),
         *("--max_disagreement", 0.3, "--output_dir", "calibrated", "--write_pool", "pool.safetensors"),

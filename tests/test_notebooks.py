@@ -35,23 +35,40 @@ def parameters(tmp_path_factory):
     }
 
 
-def with_parameters(notebook, parameters):
-    """The notebook with a line for each of its parameters after the cell that sets them."""
+def cells_with_parameters(name, parameters):
+    """A notebook's cells, with a line for each of its parameters after the cell that sets them."""
+    notebook = read(name)
     cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
     lines = [f"{name} = {value!r}" for name, value in parameters.items() if name in cell.source]
     cell.source = "\n".join([cell.source, *lines])
-    return notebook
+    return notebook.cells
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_runs(name, parameters, tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("PYTHONPATH", str(NOTEBOOKS.parent), prepend=":")
-    notebook = with_parameters(read(name), parameters)
-    nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    printed = [output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])]
-    if name == "fine_tune_and_promise":
-        assert any("after layer" in text for text in printed)
+@pytest.fixture(scope="module")
+def shown(parameters, tmp_path_factory):
+    """What each notebook shows. One kernel runs all, each without the names of those before, as imports take long."""
+    notebook = nbformat.v4.new_notebook()
+    cells = {name: cells_with_parameters(name, parameters) for name in NAMES}
+    for own in cells.values():
+        notebook.cells += [nbformat.v4.new_code_cell("%reset -f"), *own]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("PYTHONPATH", str(NOTEBOOKS.parent), prepend=":")
+        resources = {"metadata": {"path": str(tmp_path_factory.mktemp("kernel"))}}
+        nbclient.NotebookClient(notebook, timeout=120, resources=resources).execute()
+    return {
+        name: "".join(text_of(output) for cell in own for output in cell.get("outputs", []))
+        for name, own in cells.items()
+    }
+
+
+def text_of(output):
+    return output.get("text", "") + output.get("data", {}).get("text/plain", "")
+
+
+def test_each_runs_and_says_what_it_found(shown):
+    assert "after layer" in shown["fine_tune_and_promise"]
+    assert "{0: 0." in shown["how_much_attention"], "the score of no constant head"
 
 
 @pytest.mark.parametrize("name", NAMES)
