@@ -107,6 +107,18 @@ def test_field_changed_at_loading_is_completed_as_when_made(tmp_path):
         AutoConfig.from_pretrained(tmp_path, exit_thresholds=[0.5])
 
 
+def test_lists_are_lists_as_in_the_file_whatever_they_were_given_as():
+    given = {
+        "exit_layers": (1, 2, 4),
+        "exit_loss_weights": (1, 0.5, 2),
+        "exit_temperatures": (1.0, 2.0, 0.5),
+        "exit_thresholds": (0.5, None),
+        "exit_branch_layers": (0, 1),
+    }
+    config = tiny.config(**given)
+    assert {name: getattr(config, name) for name in given} == {name: list(values) for name, values in given.items()}
+
+
 def test_unused_arguments_are_returned(tmp_path):
     tiny.config().save_pretrained(tmp_path)
     changed, unused = AutoConfig.from_pretrained(

@@ -111,6 +111,14 @@ def test_rows_leave_on_the_right_side_of_the_threshold_and_at_it(make, name, thr
 
 
 @pytest.mark.parametrize("name", CRITERIA)
+def test_a_threshold_that_is_a_row_s_own_signal_lets_it_leave(make, name):
+    rows = [[[2.0, 0.5, 0.0]] * 2, [[1.0, 0.75, 0.9]] * 2, [[0.0, 9.0, 0.25]] * 2]
+    known = evidence(make, rows, certainty=make([0.2, 0.3, 0.9]))
+    for row, own in enumerate(signals(name, known)):
+        assert ThresholdPolicy(CRITERIA[name], [None, own]).leaves(1, known).tolist()[row]
+
+
+@pytest.mark.parametrize("name", CRITERIA)
 def test_a_row_whose_answer_is_no_number_stays(make, name):
     known = evidence(make, [[math.nan, 0.0], [9.0, 0.0]], certainty=make([1.0, 1.0]))
     easiest = 1.0 if CRITERIA[name].leaves_above and name == "patience" else float(not CRITERIA[name].leaves_above)
