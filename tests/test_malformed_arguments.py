@@ -1,6 +1,10 @@
 """Whatever a public function is given, it answers, or says which argument is wrong."""
 
+import contextlib
+import functools
 import json
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +14,7 @@ from hypothesis import strategies as st
 from transformers import TrainingArguments
 
 import hf_adaptive
+from hf_adaptive.serving import DeadlineExceededError, ExitsEngine
 from tests import tiny
 
 ROWS = [{"input_ids": [5, 6 + row], "label": row % 3} for row in range(6)]
@@ -19,7 +24,12 @@ CASCADE = hf_adaptive.CascadeForSequenceClassification.from_models(MEMBERS)
 PAPA = hf_adaptive.PapaBertForSequenceClassification(
     hf_adaptive.PapaBertConfig(**tiny.plain_config().to_dict(), constant_length=8)
 )
+TOKENIZER = tiny.tokenizer()
 BATCH = {"input_ids": torch.tensor([[5, 6], [7, 8]]), "labels": torch.tensor([0, 1])}
+_KEPT = tempfile.TemporaryDirectory()
+CHECKPOINTS = Path(_KEPT.name)
+MEMBERS[1].save_pretrained(CHECKPOINTS / "plain")
+CASCADE.save_pretrained(CHECKPOINTS / "cascade")
 REPORT = hf_adaptive.evaluate_exits(MODEL, ROWS, timed_examples=0, show_progress=False)
 
 WRONG = st.one_of(
@@ -105,8 +115,110 @@ def average(**given):
 
 
 def rank(**given):
-    arguments = {"model": PAPA, "constants": torch.zeros(1), "train_dataset": ROWS}
-    return hf_adaptive.rank_heads(**{**arguments, "args": TrainingArguments(report_to=[], use_cpu=True), **given})
+    """Not carried out where nothing is wrong: the constants do not fit, which is found out last."""
+    arguments = {"model": PAPA, "constants": torch.zeros(1), "train_dataset": ROWS, "args": arguments_of_training()}
+    try:
+        return hf_adaptive.rank_heads(**{**arguments, **given})
+    except ValueError as error:
+        if "constants" in given or "constants must have the shape" not in str(error):
+            raise
+
+
+def from_pretrained(**given):
+    arguments = {"pretrained_model_name_or_path": CHECKPOINTS / "plain", "exit_layers": [1, 2]}
+    return hf_adaptive.AutoModelForSequenceClassificationWithExits.from_pretrained(**{**arguments, **given})
+
+
+def papa_from_pretrained(**given):
+    choice = 0.5 if "head_ranking" in given else [[0, 1]]
+    arguments = {"constants": torch.zeros(2, 2, 8, 8), "constant_heads": choice}
+    loader = hf_adaptive.PapaBertForSequenceClassification
+    return loader.from_pretrained(CHECKPOINTS / "plain", **{**arguments, **given})
+
+
+def cascade_from_pretrained(**given):
+    loader = hf_adaptive.CascadeForSequenceClassification
+    return loader.from_pretrained(**{"pretrained_model_name_or_path": CHECKPOINTS / "cascade", **given})
+
+
+def cascade_from_backbone(**given):
+    arguments = {"pretrained_model_name_or_path": CHECKPOINTS / "plain", "depths": [1, 2]}
+    return hf_adaptive.CascadeForSequenceClassification.from_backbone(**{**arguments, **given})
+
+
+def stream(**given):
+    return list(MODEL.predict_stream(**{"examples": ROWS, **given}))
+
+
+def classify(**given):
+    return make_pipeline()(**{"inputs": ["good film", "bad"], **given})
+
+
+def make_pipeline(**given):
+    return hf_adaptive.ExitsTextClassificationPipeline(**{"model": MODEL, "tokenizer": TOKENIZER, **given})
+
+
+def make_trainer(**given):
+    arguments = {"model": MODEL, "args": arguments_of_training(), "train_dataset": ROWS}
+    return hf_adaptive.ExitsTrainer(**{**arguments, **given})
+
+
+def train(**given):
+    return make_trainer().train(**given)
+
+
+def arguments_of_training():
+    return TrainingArguments(CHECKPOINTS / "trained", report_to=[], use_cpu=True, disable_tqdm=True, max_steps=1)
+
+
+def serve(**given):
+    ExitsEngine(**{"model": MODEL, "audit_share": 0.0, **given}).close()
+
+
+def submit(**given):
+    with ExitsEngine(MODEL, tokenizer=TOKENIZER, audit_share=0.0) as engine:
+        try:
+            return engine.submit(**{"example": ROWS[0], **given}).result()
+        except DeadlineExceededError:  # that was soon
+            return None
+
+
+def export(**given):
+    """Not carried out where nothing is wrong: that would take seconds."""
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    file = CHECKPOINTS / "plain" / "config.json"
+    with contextlib.suppress(NotADirectoryError):
+        hf_adaptive.export_onnx(**{"model": MODEL, "folder": file / "below a file", **given})
+
+
+def load_exported(**given):
+    exported()
+    return hf_adaptive.OnnxClassifierWithExits.from_pretrained(**{"folder": CHECKPOINTS / "onnx", **given})
+
+
+def predict_exported(**given):
+    return exported().predict(**{"examples": ROWS, **given})
+
+
+def stream_exported(**given):
+    return list(exported().predict_stream(**{"examples": ROWS, **given}))
+
+
+def call_exported(**given):
+    return exported()(**{"input_ids": [[5, 6], [7, 8]], **given})
+
+
+def save_exported(**given):
+    return exported().save_pretrained(**given)
+
+
+@functools.cache
+def exported():
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    hf_adaptive.export_onnx(tiny.model(num_hidden_layers=2, exit_layers=[1, 2]), CHECKPOINTS / "onnx")
+    return hf_adaptive.OnnxClassifierWithExits.from_pretrained(CHECKPOINTS / "onnx", threads=1)
 
 
 def schedule(**given):
@@ -153,11 +265,52 @@ FUNCTIONS = {
     "ExitReport.point_at_cost": (REPORT.point_at_cost, ["cost"]),
     "gradient_conflict": (conflict, ["model", "batch"]),
     "GradientConflictRecorder": (record, ["batch", "every"]),
-    "mean_attention": (average, ["model", "dataloader_or_dataset", "max_length", "batch_size", "save_every"]),
-    "rank_heads": (rank, ["model", "constants", "args"]),
+    "mean_attention": (average, ["model", "dataloader_or_dataset", "max_length", "batch_size", "path", "save_every"]),
+    "rank_heads": (rank, ["model", "constants", "train_dataset", "args", "lambda_learning_rate"]),
     "RoutingSchedule": (schedule, ["start", "end", "shape"]),
+    "ExitDistillation": (hf_adaptive.ExitDistillation, ["weight", "temperature", "teacher"]),
+    "ExitsTrainer": (make_trainer, ["model", "args", "distillation", "compute_loss_func", "compute_metrics"]),
+    "ExitsTrainer.train": (train, ["resume_from_checkpoint"]),
+    "from_pretrained": (
+        from_pretrained,
+        ["pretrained_model_name_or_path", "config", "exit_layers", "exit_branch_layers", "exit_thresholds"]
+        + ["exit_pooling", "num_labels"],
+    ),
+    "from_pretrained of PAPA": (
+        papa_from_pretrained,
+        ["config", "constants", "constant_heads", "constant_length", "head_ranking"],
+    ),
+    "from_pretrained of a cascade": (
+        cascade_from_pretrained,
+        ["pretrained_model_name_or_path", "exit_criterion", "exit_thresholds"],
+    ),
+    "from_backbone": (cascade_from_backbone, ["pretrained_model_name_or_path", "depths", "exit_thresholds"]),
+    "save_pretrained": (MODEL.save_pretrained, ["save_directory"]),
+    "to_stock": (MODEL.to_stock, ["exit_at"]),
+    "predict_stream": (stream, ["examples", "batch_size", "window", "exit_thresholds", "exit_at"]),
+    "pipeline": (make_pipeline, ["model", "tokenizer"]),
+    "pipeline's call": (classify, ["inputs", "batch_size"]),
+    "ExitsEngine": (
+        serve,
+        ["model", "max_batch_size", "max_wait_ms", "tokenizer", "exit_thresholds", "exit_at", "max_waiting"]
+        + ["when_full", "audit_share", "when_broken", "false_alarm_rate", "seed"],
+    ),
+    "ExitsEngine.submit": (submit, ["example", "timeout_ms"]),
+    "export_onnx": (export, ["model", "folder", "tokenizer", "quantize", "opset"]),
+    "OnnxClassifierWithExits": (load_exported, ["folder", "providers", "threads"]),
+    "predict of an exported model": (predict_exported, ["examples", "batch_size", "exit_thresholds", "exit_at"]),
+    "predict_stream of an exported model": (stream_exported, ["examples", "batch_size", "window"]),
+    "call of an exported model": (
+        call_exported,
+        ["input_ids", "attention_mask", "token_type_ids", "exit_thresholds", "exit_at"],
+    ),
+    "save of an exported model": (save_exported, ["folder"]),
     "register_architecture": (hf_adaptive.register_architecture, ["architecture"]),
 }
+# A text is a right one, if not of something that is there.
+PATHS = ("pretrained_model_name_or_path", "save_directory", "folder", "path")
+# None is right, and starts what takes time or leaves a folder.
+OPTIONAL = ("args", "resume_from_checkpoint")
 # What a message may call an argument instead.
 ALSO_CALLED = {
     "dataset": ("examples", "data set", "labels"),
@@ -166,10 +319,14 @@ ALSO_CALLED = {
     "model": ("needs a",),
     "labels": ("label",),
     "values": ("report",),
-    "input_ids": ("batch",),
+    "input_ids": ("batch", "examples"),
     "metric": ("score",),
     "confidence": ("examples",),
     "thresholds": ("exit_thresholds",),
+    "train_dataset": ("examples",),
+    "inputs": ("text",),
+    "config": ("exit_layers",),
+    "constants": ("constant_heads",),
 }
 
 
@@ -181,6 +338,8 @@ def test_wrong_argument_is_named(name, argument):
     @given(wrong=WRONG)
     def try_it(wrong):
         assume(argument != "metric" or not callable(wrong))  # its errors are its own
+        assume(argument not in PATHS or not isinstance(wrong, str))
+        assume(argument not in OPTIONAL or (wrong is not None and wrong is not False))
         try:
             function(**{argument: wrong})
         except (ValueError, TypeError, OSError) as error:

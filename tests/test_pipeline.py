@@ -43,6 +43,11 @@ def test_same_answers(pipelines, texts, arguments):
     assert_alike(own(texts, **arguments), stock(texts, **arguments))
 
 
+@pytest.mark.parametrize("texts", [[], ()])
+def test_no_texts_have_no_answers(pipelines, texts):
+    assert pipelines[1](texts) == []
+
+
 def test_a_generator_is_answered_as_it_comes(pipelines):
     stock, own = pipelines
     assert_alike(list(own(text for text in tiny.sentences(5))), stock(tiny.sentences(5)))

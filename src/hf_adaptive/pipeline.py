@@ -1,9 +1,12 @@
 """A text-classification pipeline that answers lists of texts stage by stage."""
 
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any, cast
 
 from transformers import TextClassificationPipeline
+
+from .modeling.checks import check_count, has_exits
+from .tokenizing import check_tokenizer
 
 
 class ExitsTextClassificationPipeline(TextClassificationPipeline):
@@ -23,13 +26,20 @@ class ExitsTextClassificationPipeline(TextClassificationPipeline):
     """
 
     def __init__(self, **kwargs: Any):
-        super().__init__(**kwargs)
         # Not by its class: a model loaded with trust_remote_code has a copy of it.
-        if "exit_layers" not in self.model.config.to_dict():
+        if not has_exits(kwargs.get("model")):
             raise ValueError(
                 f"ExitsTextClassificationPipeline needs a model with exits or a cascade, got a "
-                f"{type(self.model).__name__}. Leave pipeline_class out for other models."
+                f"{type(kwargs.get('model')).__name__}. Leave pipeline_class out for other models."
             )
+        check_tokenizer(kwargs.get("tokenizer"))
+        super().__init__(**kwargs)
+
+    def __call__(self, inputs: Any, **kwargs: Any) -> Any:
+        """As in the stock pipeline; no texts have no answers."""
+        if isinstance(inputs, Sized) and not isinstance(inputs, (str, Mapping)) and len(inputs) == 0:
+            return []
+        return super().__call__(inputs, **kwargs)
 
     def get_iterator(
         self,
@@ -45,6 +55,7 @@ class ExitsTextClassificationPipeline(TextClassificationPipeline):
             return super().get_iterator(
                 inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params
             )
+        check_count("batch_size", batch_size)
         examples = [self._encoded(text, preprocess_params) for text in inputs]
         rows = batch_size if batch_size > 1 else 32  # 1 is what the stock pipeline passes if nothing was said
         logits = cast(Any, self.model).predict(examples, rows, show_progress=False, **forward_params).logits

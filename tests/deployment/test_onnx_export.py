@@ -227,7 +227,7 @@ def test_a_stream_is_read_no_further_than_its_window(exported):
 def test_streams_that_cannot_be_read(own, exported):
     onnx, rows = load(exported), examples(own)
     assert list(onnx.predict_stream([])) == []
-    with pytest.raises(ValueError, match="window must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="window must be a whole number of at least 1, got 0"):
         onnx.predict_stream(rows, window=0)
     with pytest.raises(ValueError, match=r"rows 12 to 12 of the stream: examples\[0\] has no tokens"):
         list(onnx.predict_stream([*rows, {"input_ids": [], "attention_mask": []}], window=4))
@@ -401,7 +401,7 @@ def test_arguments_that_cannot_be_used(own, exported):
         onnx(**arrays, exit_at=1, exit_thresholds=0.5)
     with pytest.raises(ValueError, match=r"exit_thresholds\[0\] must be a probability"):
         onnx(**arrays, exit_thresholds=1.5)
-    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+    with pytest.raises(ValueError, match="batch_size must be a whole number of at least 1, got 0"):
         onnx.predict(examples(own), batch_size=0)
     with pytest.raises(ValueError, match="leave the column position_ids out"):
         onnx.predict([{**row, "position_ids": row["input_ids"]} for row in examples(own)])

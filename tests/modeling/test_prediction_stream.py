@@ -48,7 +48,7 @@ def test_certainties_and_everything():
 def test_bad_calls():
     model = tiny.model("bert")
     assert list(model.predict_stream([])) == []
-    with pytest.raises(ValueError, match="window must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="window must be a whole number of at least 1, got 0"):
         model.predict_stream(examples([3]), window=0)
     with pytest.raises(ValueError, match="batch_size must be"):
         next(model.predict_stream(examples([3]), batch_size=0))

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..modeling.checks import check_count, check_path, shortened
 from ..modeling.criteria import (
     CRITERIA,
     ForcedPolicy,
@@ -20,6 +21,7 @@ from ..modeling.criteria import (
     exit_position,
     problem_type,
 )
+from ..modeling.examples import is_list
 from ..modeling.scheduling import RowAnswers, StagedFlow, StageScheduler, sorted_batches
 from ..modeling.streams import stream
 from ..modeling.switch import replaced_files, settle
@@ -127,6 +129,7 @@ class OnnxClassifierWithExits:
             ValueError: Providers that this onnxruntime does not have, or a bad number of threads.
             ImportError: onnxruntime is missing.
         """
+        check_path("folder", folder)
         path = Path(folder)
         if path.is_dir():
             settle(path)
@@ -145,6 +148,7 @@ class OnnxClassifierWithExits:
         Raises:
             OSError: The folder cannot be written; it is then as it was.
         """
+        check_path("folder", folder)
         target = Path(folder)
         with replaced_files(target, STAGES_FILE) as new:
             if target.resolve() != self.folder.resolve():
@@ -176,7 +180,11 @@ class OnnxClassifierWithExits:
         """
         stages = self.staged(exit_thresholds, exit_at)
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
-        examples = stages.read({name: values for name, values in given.items() if values is not None})
+        given = {name: values for name, values in given.items() if values is not None}
+        for name, values in given.items():
+            if not is_list(values):
+                raise ValueError(f"{name} must be an array of shape (batch, length), got {shortened(values)}.")
+        examples = stages.read(given)
         numbers = np.arange(len(examples))
         result = stages.run(0, stages.start(examples, numbers))
         if result.batch is None:
@@ -212,8 +220,7 @@ class OnnxClassifierWithExits:
             ValueError: No examples, some that cannot be used, a batch size below 1, or thresholds or `exit_at` that
                 cannot be used.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        check_count("batch_size", batch_size)
         stages = self.staged(exit_thresholds, exit_at)
         rows = stages.read(examples)
         order = np.argsort(-rows.lengths, kind="stable")

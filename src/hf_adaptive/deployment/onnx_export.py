@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..modeling.checks import check_path
 from ..modeling.switch import replaced_files
+from ..tokenizing import check_tokenizer
 from .folder import (
     CONFIG_FILE,
     NEXT_STATE,
@@ -67,6 +69,8 @@ def export_onnx(
     onnx = needed("onnx")
     needed("onnxscript")
     _check_request(model, quantize, opset)
+    check_path("folder", folder)
+    check_tokenizer(tokenizer)
     target = Path(folder)
     _check_folder(target)
     plain = _plain_copy(model)
@@ -101,7 +105,7 @@ def _check_request(model: Any, quantize: str | None, opset: int) -> None:
             "the model is quantised already, in torch's way, which ONNX does not have. Export the float model, with "
             "quantize='int8' if you like."
         )
-    if quantize is not None and quantize not in QUANTIZATIONS:
+    if quantize is not None and (not isinstance(quantize, str) or quantize not in QUANTIZATIONS):
         raise ValueError(f"quantize must be None or one of {', '.join(map(repr, QUANTIZATIONS))}, got {quantize!r}.")
     if isinstance(opset, bool) or not isinstance(opset, int) or opset < OLDEST_OPSET:
         raise ValueError(f"opset must be a whole number of at least {OLDEST_OPSET}, got {opset!r}: use opset={OPSET}.")

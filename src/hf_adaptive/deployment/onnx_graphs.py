@@ -99,8 +99,7 @@ def _session(runtime: Any, path: Path, options: Any, providers: list[str]) -> An
 def _checked_providers(providers: Sequence[str] | None, available: list[str]) -> list[str]:
     if providers is None:
         return ["CPUExecutionProvider"]
-    unknown = [name for name in providers if name not in available]
-    if isinstance(providers, str) or unknown or not providers:
+    if not isinstance(providers, (list, tuple)) or not providers or any(name not in available for name in providers):
         raise ValueError(f"providers must be a list of some of {available}, got {providers!r}.")
     return list(providers)
 

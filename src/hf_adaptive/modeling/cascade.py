@@ -88,7 +88,7 @@ class CascadeForSequenceClassification(
         """
         wants_info = kwargs.pop("output_loading_info", False)
         path = pretrained_model_name_or_path
-        if path is not None:
+        if path is not None or kwargs.get("config") is None:
             model_type = checkpoint_model_type(path, **kwargs)
             if model_type != cls.config_class.model_type:
                 raise ValueError(

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from .architectures import ARCHITECTURES, Architecture
-from .checks import shortened
+from .checks import is_whole_number, shortened
 from .configuration import check_exit_layers
 from .inputs import BackboneInputs, positions_of_real_tokens
 from .stock_exit import config_of_first_layers, in_one_type
@@ -95,7 +95,8 @@ def check_depths(depths: Sequence[int], config: PreTrainedConfig, architecture: 
     """A `ValueError` for depths that cannot be taken from a model."""
     depths, num_layers = as_list("depths", depths), config.num_hidden_layers
     # The last member may be smaller than the model.
-    largest = depths[-1] if depths and depths[-1] in range(1, num_layers) else num_layers
+    is_smaller = bool(depths) and is_whole_number(depths[-1]) and 0 < depths[-1] < num_layers
+    largest = depths[-1] if is_smaller else num_layers
     try:
         check_exit_layers(depths, largest)
     except ValueError as error:

@@ -1,6 +1,7 @@
 """Checks of single values that users give; a `ValueError` names the value, what is allowed, and what was given."""
 
 import math
+import os
 from numbers import Integral, Real
 from typing import Any
 
@@ -45,6 +46,12 @@ def check_at_least(name: str, value: Any, least: float) -> None:
     """Raises `ValueError` unless a finite number of at least so much."""
     if not is_number(value) or value < least:
         raise ValueError(f"{name} must be a number of at least {least}, got {shortened(value)}.")
+
+
+def check_path(name: str, value: Any) -> None:
+    """Raises `ValueError` unless a text or a path."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise ValueError(f"{name} must be a path, a text or a pathlib.Path, got {shortened(value)}.")
 
 
 def shortened(value: Any) -> str:

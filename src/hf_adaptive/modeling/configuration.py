@@ -123,9 +123,12 @@ class DecisionsConfigMixin(ReadsWhole):
         Raises:
             ValueError: As when a configuration is made.
         """
+        if "num_labels" in kwargs:
+            check_count("num_labels", kwargs["num_labels"])
         wants_unused = kwargs.pop("return_unused_kwargs", False)
-        # Fields are set from `kwargs` after the configuration was made and checked.
-        config, unused = super().from_dict(config_dict, return_unused_kwargs=True, **kwargs)
+        # Stock code would set them after the configuration was made and checked, and then write it to a log.
+        own = {name: kwargs.pop(name) for name in cls.added_fields() if name in kwargs}
+        config, unused = super().from_dict({**config_dict, **own}, return_unused_kwargs=True, **kwargs)
         refuse_unknown_fields(unused, ("exit_", "constant_"), cls.added_fields())
         config._complete_exits()
         return (config, unused) if wants_unused else config

@@ -56,7 +56,7 @@ class _Columns(Sequence[Mapping[str, Any]]):
     """
 
     def __init__(self, columns: Mapping[str, Any]):
-        self.columns = {name: _column(name, values) for name, values in columns.items() if _is_list(values)}
+        self.columns = {name: _column(name, values) for name, values in columns.items() if is_list(values)}
         counts = {name: len(values) for name, values in self.columns.items()}
         if len(set(counts.values())) > 1:
             raise ValueError(f"columns of examples must have one entry an example each, got entries: {counts}.")
@@ -85,7 +85,8 @@ def _column(name: str, values: Any) -> Any:
     return as_array(values) if _is_tensor(values) else values
 
 
-def _is_list(values: Any) -> bool:
+def is_list(values: Any) -> bool:
+    """Whether it can be a column: a list, an array or a tensor."""
     return isinstance(values, (list, tuple, np.ndarray)) or _is_tensor(values)
 
 

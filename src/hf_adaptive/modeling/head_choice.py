@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from .checks import check_count, shortened
+
 
 def check_constant_heads(config: PreTrainedConfig) -> None:
     """Checks `config.constant_heads` and `config.constant_length`, and sorts the heads layer by layer.
@@ -68,7 +70,7 @@ def select_heads(
         ValueError: If the choice is none of these, or a proper fraction comes without a complete ranking.
     """
     every_head = [[layer, head] for layer in range(num_layers) for head in range(num_heads)]
-    if choice == "all":
+    if isinstance(choice, str) and choice == "all":
         return every_head
     if isinstance(choice, (int, float)) and not isinstance(choice, bool):
         return _first_fraction(choice, every_head, ranking)
@@ -89,9 +91,13 @@ def _first_fraction(
             f"constant_heads={fraction} does not say which heads. Pass head_ranking=…, the order that rank_heads "
             "found, or a list of [layer, head] pairs."
         )
-    order = [list(pair) for pair in ranking]
-    if sorted(order) != every_head:
-        raise ValueError(f"head_ranking must name each of the {len(every_head)} heads once, got {len(order)} entries.")
+    is_list = isinstance(ranking, (list, tuple)) and all(isinstance(pair, (list, tuple)) for pair in ranking)
+    order = [list(pair) for pair in ranking] if is_list else []
+    if len(order) != len(every_head) or not all(pair in order for pair in every_head):
+        raise ValueError(
+            f"head_ranking must be a list that names each of the {len(every_head)} heads once, as [layer, head], got "
+            f"{shortened(ranking)}."
+        )
     return sorted(order[: int(fraction * len(order))])
 
 
@@ -107,7 +113,9 @@ def heads_to_make_constant(
             "constants are given but constant_heads is not. Set constant_heads='all', a fraction with head_ranking=…, "
             "or a list of [layer, head] pairs."
         )
-    heads = select_heads(choice or [], config.num_hidden_layers, config.num_attention_heads, ranking)
+    heads = select_heads(
+        [] if choice is None else choice, config.num_hidden_layers, config.num_attention_heads, ranking
+    )
     if heads and constants is None:
         raise ValueError(
             f"constant_heads names {len(heads)} heads but constants are missing. Collect them with mean_attention and "
@@ -120,6 +128,8 @@ def common_length(constant_length: int | None, constants: torch.Tensor | None) -
     """The length of the constants, which may also be given alone; a ValueError if the two differ."""
     if constants is None:
         return constant_length
+    if constant_length is not None:
+        check_count("constant_length", constant_length)
     if constant_length not in (None, constants.shape[-1]):
         raise ValueError(
             f"constant_length={constant_length} does not fit constants of length {constants.shape[-1]}. Leave it out, "

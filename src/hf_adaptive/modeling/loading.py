@@ -5,7 +5,7 @@ import logging as python_logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from .bases import ModelBase
+from .checks import check_count, check_path, shortened
 from .constant_heads import check_constants_loaded, install_constant_heads
 from .head_choice import common_length, heads_to_make_constant
 from .saving import settle_checkpoint
@@ -23,6 +24,7 @@ _MODEL_ARGUMENTS = ("attn_implementation", "dtype", "torch_dtype")
 _CONSTANTS_ARGUMENTS = ("constants", "constant_heads", "constant_length", "head_ranking")
 
 
+@runtime_checkable
 class AttentionAverages(Protocol):
     """What `mean_attention` returns, as far as loading needs it."""
 
@@ -69,7 +71,7 @@ class LoadsPlainCheckpoints(ModelBase):
         """
         check_config(cls, config)
         path = pretrained_model_name_or_path
-        if path is None:
+        if path is None and config is not None:
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
         model_type = checkpoint_model_type(path, **kwargs)
         loaders = {
@@ -115,7 +117,7 @@ class LoadsPlainCheckpoints(ModelBase):
         file_arguments = {name: kwargs.pop(name) for name in _FILE_ARGUMENTS if name in kwargs}
         model_arguments = {name: kwargs.pop(name) for name in _MODEL_ARGUMENTS if name in kwargs}
         averages = kwargs.pop("constants", None)
-        constants = averages if averages is None or isinstance(averages, torch.Tensor) else averages.average
+        constants = _checked_constants(averages)
         if config is None:
             config, kwargs = cls._config_for_plain(path, constants, hub_arguments, kwargs)
         stock = cls._plain_checkpoint(path, config, {**hub_arguments, **file_arguments, **model_arguments})
@@ -165,7 +167,19 @@ class LoadsPlainCheckpoints(ModelBase):
 
 
 def checkpoint_model_type(path: str | os.PathLike[str], **kwargs: Any) -> str | None:
-    """`model_type` in a checkpoint's own configuration file; a save that was interrupted there is settled first."""
+    """`model_type` in a checkpoint's own configuration file; a save that was interrupted there is settled first.
+
+    Args:
+        path (`str` or `os.PathLike`): Hub name or folder.
+        **kwargs: Of `from_pretrained`.
+
+    Raises:
+        ValueError: What is no path, or a `num_labels` that stock code would stumble over.
+        OSError: A configuration file that is missing or damaged.
+    """
+    check_path("pretrained_model_name_or_path", path)
+    if "num_labels" in kwargs:
+        check_count("num_labels", kwargs["num_labels"])
     settle_checkpoint(path, kwargs.get("subfolder"))
     return _config_dict(path, kwargs).get("model_type")
 
@@ -184,6 +198,19 @@ def _config_dict(path: str | os.PathLike[str], arguments: dict[str, Any]) -> dic
             "or the repository of a model on the Hub."
         )
     return values
+
+
+def _checked_constants(given: Any) -> torch.Tensor | None:
+    """The averages that were given, as one tensor."""
+    constants = given.average if isinstance(given, AttentionAverages) else given
+    if constants is None:
+        return None
+    if not isinstance(constants, torch.Tensor) or constants.dim() != 4:
+        raise ValueError(
+            "constants must be what mean_attention returned, or a tensor of shape (layers, heads, length, length), "
+            f"got {shortened(given)}."
+        )
+    return constants
 
 
 def check_config(model_class: Any, config: Any) -> None:

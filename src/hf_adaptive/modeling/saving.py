@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from transformers.utils import CONFIG_NAME
 
 from .bases import ConfigBase, ModelBase
+from .checks import check_path
 from .switch import replaced_files, settle
 
 
@@ -41,6 +42,7 @@ class SavesWhole(ModelBase):
         Raises:
             OSError: The folder cannot be written; it names the folder.
         """
+        check_path("save_directory", save_directory)
         self._announce_backbone()
         target = Path(save_directory)
         if not is_main_process:

@@ -7,6 +7,8 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
+from .checks import check_count, shortened
+
 Answer = TypeVar("Answer")
 
 
@@ -19,10 +21,12 @@ def stream(examples: Iterable[Any], window: int, answers: Callable[[list[Any]], 
         answers (`Callable`): From some examples to one answer each.
 
     Raises:
-        ValueError: A window below 1, at once; what `answers` refuses, with the rows that it was given.
+        ValueError: A window below 1, or examples that cannot be iterated over, at once; what `answers` refuses, with
+            the rows that it was given.
     """
-    if window < 1:
-        raise ValueError(f"window must be at least 1, got {window}.")
+    check_count("window", window)
+    if not isinstance(examples, Iterable):
+        raise ValueError(f"examples must be tokenised rows that can be iterated over, got {shortened(examples)}.")
     return _in_windows(iter(examples), window, answers)
 
 

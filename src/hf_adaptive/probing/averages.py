@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..files import public_name, write_whole
-from ..modeling.checks import check_count, shortened
+from ..modeling.checks import check_count, check_path, shortened
 
 _FORMAT = "hf_adaptive.mean_attention"
 _MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -172,6 +172,8 @@ def mean_attention(
         raise ValueError(f"model must be a pretrained model of transformers, got a {type(model).__name__}.")
     for name, value in (("max_length", max_length), ("batch_size", batch_size), ("save_every", save_every)):
         check_count(name, value)
+    if path is not None:
+        check_path("path", path)
     averages = _started(model, max_length, path)
     loader = _batches(dataloader_or_dataset, batch_size, model.config)
     total = len(loader) if isinstance(loader.dataset, Sized) else None

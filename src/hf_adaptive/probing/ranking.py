@@ -7,20 +7,22 @@ the lambdas are trained with the probe. Heads with a small lambda do well with t
 import copy
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 from transformers import DataCollator, PreTrainedModel, Trainer, TrainingArguments
 
 from ..files import write_whole
 from ..modeling.attention_kinds import StockClass, StockHeads, put_beside
-from ..modeling.checks import shortened
+from ..modeling.checks import is_number, shortened
 from ..modeling.constant_attention import check_length, constant_attention
 from ..modeling.constant_heads import layout_of, self_attentions, separate_layers
+from ..modeling.examples import as_rows, check_mapping
 from ..modeling.head_choice import check_constants
 from .averages import MeanAttention
 
@@ -95,6 +97,7 @@ def rank_heads(
         raise ValueError(f"args must be TrainingArguments, got {shortened(args)}.")
     if not isinstance(constants, (torch.Tensor, MeanAttention)):
         raise ValueError(f"constants must be a tensor or what mean_attention returned, got {shortened(constants)}.")
+    _check_training(train_dataset, lambda_learning_rate)
     if model.config.constant_heads:
         raise ValueError(
             f"rank_heads needs a model without constant heads, got one with {len(model.config.constant_heads)}. "
@@ -117,6 +120,23 @@ def rank_heads(
     if trainer.is_world_process_zero():
         ranking.save(Path(str(args.output_dir)) / "head_ranking.json")
     return ranking
+
+
+def _check_training(train_dataset: Any, lambda_learning_rate: Any) -> None:
+    if isinstance(train_dataset, Mapping):
+        raise ValueError(
+            f"train_dataset must be a data set of examples, got a mapping with the keys {list(train_dataset)}. Did "
+            "you mean one of its splits?"
+        )
+    if not isinstance(train_dataset, IterableDataset):
+        rows = as_rows(train_dataset)
+        if len(rows) == 0:
+            raise ValueError("train_dataset is empty: give at least one of the examples.")
+        check_mapping(rows[0], 0)
+    if lambda_learning_rate is not None and (not is_number(lambda_learning_rate) or lambda_learning_rate < 0):
+        raise ValueError(
+            f"lambda_learning_rate must be a number of at least 0, or None, got {shortened(lambda_learning_rate)}."
+        )
 
 
 def install_interpolation(model: Any, constants: torch.Tensor) -> list[nn.Parameter]:

@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from ..modeling.checks import check_at_least, check_choice, check_count
 from ..modeling.scheduling import RowAnswers, StagedFlow, StageScheduler
+from ..tokenizing import check_tokenizer
 from .errors import DeadlineExceededError, EngineBrokenError, EngineClosedError, EngineFullError, NotANumberError
 from .monitor import Monitor
 from .places import Places
@@ -96,6 +97,8 @@ class ExitsEngine:
         check_at_least("max_wait_ms", max_wait_ms, 0)
         check_count("max_waiting", max_waiting)
         check_choice("when_full", when_full, ("refuse", "block"))
+        check_count("seed", seed, least=0)
+        check_tokenizer(tokenizer)
         self.max_batch_size = max_batch_size
         self.max_wait = max_wait_ms / 1000
         self.max_waiting = max_waiting
@@ -141,14 +144,14 @@ class ExitsEngine:
             EngineClosedError, EngineBrokenError: Nothing is answered any more.
             TypeError, ValueError: What is no example.
         """
-        check_example(example, self.tokenizer is not None)
+        _check_request(example, timeout_ms, self.tokenizer)
         if not self._places.take(may_wait=self.when_full == "block"):
             raise EngineFullError(f"{self.max_waiting} rows wait already (max_waiting). Try again later.")
         return self._enter(example, timeout_ms)
 
     async def answer(self, example: Example, timeout_ms: float | None = None) -> EngineAnswer:
         """As `submit`, for coroutines; a cancelled coroutine gives its place up."""
-        check_example(example, self.tokenizer is not None)
+        _check_request(example, timeout_ms, self.tokenizer)
         if not self._places.take(may_wait=False):
             if self.when_full == "refuse":
                 raise EngineFullError(f"{self.max_waiting} rows wait already (max_waiting). Try again later.")
@@ -173,6 +176,7 @@ class ExitsEngine:
             TypeError, ValueError: A model that cannot be served; the old one stays.
         """
         _staged(model, self._decisions)
+        check_tokenizer(tokenizer)
         done: Future[None] = Future()
         with self._admission:
             self._check_open()
@@ -481,6 +485,13 @@ def make_flow(staged: Any, max_batch_size: int, max_wait: float, clock: Callable
     tokens = _COST_OF_STARTS * staged.start_cost
     scheduler = StageScheduler(staged.stages, max_batch_size, staged.start_cost, max_wait, max_tokens=tokens)
     return StagedFlow(staged, scheduler, clock)
+
+
+def _check_request(example: Any, timeout_ms: Any, tokenizer: Any) -> None:
+    """Raises `TypeError` or `ValueError` for what cannot be asked."""
+    check_example(example, tokenizer is not None)
+    if timeout_ms is not None:
+        check_at_least("timeout_ms", timeout_ms, 0)
 
 
 def _staged(model: Any, decisions: dict[str, Any]) -> Any:

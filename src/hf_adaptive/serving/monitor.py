@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
+from ..modeling.checks import check_choice, is_number
 from ..modeling.criteria import CRITERIA, problem_type
 from ..modeling.exit_profile import calibration_in_force, cells, exit_shares
 from ..modeling.scheduling import RowAnswers
@@ -286,9 +287,8 @@ class Monitor:
 
 
 def _check_settings(audit_share: float, when_broken: str, false_alarm_rate: float) -> None:
-    if not 0 <= audit_share <= 1:
+    if not is_number(audit_share) or not 0 <= audit_share <= 1:
         raise ValueError(f"audit_share must be a share from 0 (off) to 1, got {audit_share!r}.")
-    if when_broken not in ACTIONS:
-        raise ValueError(f"when_broken must be one of {', '.join(map(repr, ACTIONS))}, got {when_broken!r}.")
-    if not 0 < false_alarm_rate < 1:
+    check_choice("when_broken", when_broken, tuple(ACTIONS))
+    if not is_number(false_alarm_rate) or not 0 < false_alarm_rate < 1:
         raise ValueError(f"false_alarm_rate must be a probability above 0 and below 1, got {false_alarm_rate!r}.")

@@ -1,13 +1,14 @@
 """`ExitsTrainer`: what a plain `Trainer` does right already, and what it cannot know of exits."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import EvalPrediction, Trainer
+from transformers import EvalPrediction, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, default_compute_objective
 from transformers.utils import logging
@@ -16,6 +17,7 @@ from ..evaluation.metrics import default_metric, metric_name, score
 from ..evaluation.report import ExitReport, measure_exits
 from ..hub.model_card import PLOT_FILE, model_card, write_model_card
 from ..hub.push import keep_card_of_hub
+from ..modeling.checks import has_exits, shortened
 from ..modeling.criteria import problem_type
 from ..modeling.examples import INPUT_NAMES
 from ..modeling.labels import NO_LABEL, has_label, problem_type_of, read_labels
@@ -71,10 +73,12 @@ class ExitsTrainer(Trainer):
         ValueError: A model without exits, or for distillation without any before the last; a teacher with other
             labels or tokens; `batch_eval_metrics`, `include_for_metrics=["loss"]` or
             `preprocess_logits_for_metrics` without `compute_metrics`; label smoothing of a problem that is not
-            single-label classification.
+            single-label classification; arguments of the wrong kind.
     """
 
     def __init__(self, *args: Any, distillation: ExitDistillation | None = None, **kwargs: Any):
+        named = zip(inspect.signature(Trainer).parameters, args)
+        _check_arguments(distillation, {**dict(named), **kwargs})
         super().__init__(*args, **kwargs)
         self.distillation = distillation
         self._teacher_logits: torch.Tensor | None = None
@@ -94,7 +98,7 @@ class ExitsTrainer(Trainer):
             distillation.check(self._exits_model.config)
 
     def _refuse_what_is_not_for_every_exit(self) -> None:
-        if "exit_layers" not in self._exits_model.config.to_dict():
+        if not has_exits(self._exits_model):
             raise ValueError(
                 f"ExitsTrainer needs a model with exits or a cascade, got a {type(self._exits_model).__name__}: use "
                 "Trainer, or load it with AutoModelForSequenceClassificationWithExits."
@@ -341,7 +345,7 @@ class ExitsTrainer(Trainer):
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(self._folder)
-        elif resume_from_checkpoint not in (None, False):
+        elif resume_from_checkpoint is not None and resume_from_checkpoint is not False:
             check_whole(resume_from_checkpoint)
         output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         if self.eval_dataset is not None and trial is None:
@@ -478,6 +482,22 @@ class ExitsTrainer(Trainer):
     @property
     def _exits_model(self) -> Any:
         return without_adapter(self.accelerator.unwrap_model(self.model))
+
+
+def _check_arguments(distillation: Any, given: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for what `Trainer` would stumble over, before it does anything."""
+    model, args = given.get("model"), given.get("args")
+    if model is None and given.get("model_init") is None:
+        raise ValueError("ExitsTrainer needs a model, or model_init, which makes one.")
+    if model is not None and not isinstance(model, torch.nn.Module):
+        raise ValueError(f"ExitsTrainer needs a model with exits or a cascade, got a {type(model).__name__}.")
+    if args is not None and not isinstance(args, TrainingArguments):
+        raise ValueError(f"args must be TrainingArguments, got {shortened(args)}.")
+    for name in ("model_init", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
+        if given.get(name) is not None and not callable(given[name]):
+            raise ValueError(f"{name} must be a function, got {shortened(given[name])}.")
+    if distillation is not None and not isinstance(distillation, ExitDistillation):
+        raise ValueError(f"distillation must be an ExitDistillation, got {shortened(distillation)}.")
 
 
 def _of_exit(prediction: EvalPrediction, index: int) -> EvalPrediction:
