@@ -67,7 +67,7 @@ def answers_without_package(folder: Path, checkpoints: dict[str, dict], inputs, 
         folder: Where files of the job are kept.
         checkpoints: By name: `path` (folder or Hub name), `thresholds`, and `save_to` (a folder or None).
         inputs: Tensors of a batch.
-        texts: Sentences for a pipeline.
+        texts: Sentences for a pipeline; none if what does not depend on the architecture is not asked.
         **variables: Further environment variables.
 
     Returns:

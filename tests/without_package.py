@@ -1,7 +1,7 @@
 """Loads checkpoints as a machine without this package does: `fresh_process` runs it in a process of its own.
 
-The job named in its argument has checkpoints and a file of inputs; answers go to a file, and each model is saved once
-more.
+The job named in its argument has checkpoints and a file of inputs; answers go to a file, and a model is saved again
+where that is asked.
 """
 
 import json
@@ -43,7 +43,7 @@ def classified(model, tokenizer, texts):
 
 
 def run(checkpoint, job):
-    """Everything that is asked of one checkpoint."""
+    """Everything that is asked of one checkpoint; without texts, what depends on its architecture."""
     path = checkpoint["path"]
     config = AutoConfig.from_pretrained(path, trust_remote_code=True)
     model = AutoModelForSequenceClassification.from_pretrained(path, trust_remote_code=True)
@@ -52,11 +52,14 @@ def run(checkpoint, job):
     tensors = answers(model, inputs, checkpoint["thresholds"])
     tensors["backbone"] = backbone(**inputs).last_hidden_state.detach()
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
-    texts = classified(path, tokenizer, job["texts"])
-    changed = AutoModelForSequenceClassification.from_pretrained(path, trust_remote_code=True, exit_thresholds=0.0)
-    tensors["changed/exit_index"] = changed(**inputs).exit_index
+    texts = None
+    if job["texts"]:
+        texts = classified(path, tokenizer, job["texts"])
+        changed = AutoModelForSequenceClassification.from_pretrained(path, trust_remote_code=True, exit_thresholds=0.0)
+        tensors["changed/exit_index"] = changed(**inputs).exit_index
     if checkpoint["save_to"]:
         model.save_pretrained(checkpoint["save_to"])
+        tokenizer.save_pretrained(checkpoint["save_to"])
     classes = {"config": config, "model": model, "backbone": backbone}
     names = {name: f"{type(value).__module__}.{type(value).__name__}" for name, value in classes.items()}
     return {"classes": names, "texts": texts, "config": config.to_dict()}, tensors

@@ -5,9 +5,11 @@
 writes those tables again after an entry was added or changed.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 import hf_adaptive
@@ -97,6 +99,11 @@ def two_layers(name: str) -> dict[str, Any]:
     """Fields that leave the first two layers, one of each kind where there are two, for tests that compile them."""
     types = fields(name).get("layer_types")
     return {"num_hidden_layers": 2, **({} if types is None else {"layer_types": types[:2]})}
+
+
+def kinds(names: Sequence[str], *chosen: str) -> list[Any]:
+    """Parameters of a test that takes long: one name of each kind, and the others as slow ones."""
+    return [name if name in chosen else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def stock(name: str, suffix: str = "ForSequenceClassification", **changed: Any):
