@@ -1,14 +1,12 @@
 """SWEET's gradients, computed segment by segment, are those of the ordinary way, and hold less memory."""
 
-import subprocess
-import sys
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.fsdp import fully_shard
 
 from tests import tiny
 from tests.modeling import architectures
@@ -234,33 +232,26 @@ def test_activations_of_one_segment_are_held_at_a_time(exit_layers, share):
 # Where it must not be done, and where it shows
 
 
-SHARDED = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import torch
-import torch.distributed
-from torch.distributed.fsdp import fully_shard
-from tests import tiny
-
-torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-expected = tiny.without_dropout().train()
-expected(**tiny.batch(), labels=tiny.labels()).loss.backward()
-model = tiny.without_dropout().train()
-mesh = torch.distributed.init_device_mesh("cpu", (1,))
-for layer in model.bert.encoder.layer:
-    fully_shard(layer, mesh=mesh)
-fully_shard(model, mesh=mesh)
-model(**tiny.batch(), labels=tiny.labels()).loss.backward()
-for (key, own), other in zip(model.named_parameters(), expected.parameters()):
-    torch.testing.assert_close(own.grad.full_tensor(), other.grad, atol=1e-6, rtol=1e-5, msg=key)
-torch.distributed.destroy_process_group()
-"""
+@pytest.fixture
+def process_group():
+    """Of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
 
 
-def test_sharded_parameters_learn_the_ordinary_way():
-    root = str(Path(__file__).parents[2])
-    done = subprocess.run([sys.executable, "-c", SHARDED, root], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")  # of torch: scores that a user changes in place
+def test_sharded_parameters_learn_the_ordinary_way(process_group):
+    expected = tiny.without_dropout().train()
+    expected(**tiny.batch(), labels=tiny.labels()).loss.backward()
+    model = tiny.without_dropout().train()
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    for layer in model.bert.encoder.layer:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    model(**tiny.batch(), labels=tiny.labels()).loss.backward()
+    for (key, own), other in zip(model.named_parameters(), expected.parameters()):
+        torch.testing.assert_close(own.grad.full_tensor(), other.grad, atol=1e-6, rtol=1e-5, msg=key)
 
 
 def test_scores_say_why_they_have_no_gradient():
