@@ -11,20 +11,27 @@ from tests import tiny
 
 # Begun first, because each is done by one of the workers: a long one that begins last leaves the others waiting.
 LONGEST = (
-    "test_exit_study",
-    "test_benchmarks",
     "test_architectures_loading",
     "test_constant_heads_in_models",
-    "test_architectures",
+    "test_exit_study",
     "test_onnx_export",
-    "test_risk_control",
-    "test_early_exit",
-    "test_export",
-    "test_examples",
-    "test_notebooks",
+    "test_compare_deployments",
+    "test_two_processes",
+    "test_architectures",
+    "test_documents",
     "test_branches",
-    "test_remote_code",
+    "test_papa",
+    "test_risk_control",
     "test_cascade",
+    "test_push_to_hub",
+    "test_benchmarks",
+    "test_early_exit",
+    "test_examples",
+    "test_study",
+    "test_export",
+    "test_notebooks",
+    "test_push",
+    "test_remote_code",
 )
 
 torch.set_num_threads(1)

@@ -261,8 +261,7 @@ def test_layers_that_are_one_module_cannot_pass_a_share(share):
         architectures.model("albert", exit_routing=share)
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("routing", ["joint", "sweet"])
+@pytest.mark.parametrize(("routing", "reentrant"), [("joint", True), ("sweet", False)])
 def test_gradient_checkpointing_changes_no_gradient(name, routing, reentrant):
     own = architectures.model(name, exit_routing=routing)
     if name in NO_CHECKPOINTING:
@@ -341,7 +340,11 @@ def compile_layers():
     torch.compiler.reset()
 
 
+# Tensors handed from layer to layer; one shared module; tuples, and a convolution between two; windows, rotary tables.
 @torch.no_grad()
+@pytest.mark.parametrize(
+    "name", architectures.kinds(architectures.NAMES, "bert", "albert", "deberta-v2", "gpt2", "gemma2")
+)
 def test_compiled_layers_give_the_same(name, compile_layers):
     own = architectures.model(name, exit_layers=[1, 2], **architectures.two_layers(name))
     thresholds = tiny.thresholds_between(own, batch())

@@ -46,7 +46,13 @@ def plain(name, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("exits", "length"), [([1, 2, 4], 1), ([2, 4], 2)])
+@pytest.mark.parametrize(
+    ("name", "exits", "length"),
+    [
+        *((name, [1, 2, 4], 1) for name in architectures.NAMES),
+        *((name, [2, 4], 2) for name in ("bert", "deberta-v2", "gemma3_text", "gpt2", "modernbert")),
+    ],
+)
 def test_a_branch_starts_as_the_pretrained_layers_and_sees_what_they_see(plain, name, exits, length):
     """Masks, windows, position biases and rotary tables included: the exits answer as those on the trunk do."""
     with_branches, info = WithExits.from_pretrained(

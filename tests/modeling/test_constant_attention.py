@@ -202,7 +202,7 @@ def test_under_autocast_the_same_without_a_gradient():
     torch.testing.assert_close(own, expected, atol=5e-2, rtol=5e-2)
 
 
-@pytest.mark.parametrize("family", golden.FAMILIES)
+@pytest.mark.parametrize("family", ["bert", "deberta"])
 def test_a_compiled_layer_is_one_graph(family):
     model, ids = backbone(family), inputs()
     mask = torch.ones_like(ids)
