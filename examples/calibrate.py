@@ -61,8 +61,10 @@ def main() -> None:
     if arguments.write_pool is not None:
         write_pool(calibrator, model, splits["test"], arguments)
 
-    wish = chosen_wish(arguments)
-    report = calibrator.calibrate(**wish)
+    try:
+        report = calibrator.calibrate(**chosen_wish(arguments))
+    except ValueError as error:  # the wish cannot be tested: nothing is saved
+        raise SystemExit(f"\n{error}") from None
     calibrator.store(report)
     model.save_pretrained(arguments.output_dir)
     tokenizer.save_pretrained(arguments.output_dir)

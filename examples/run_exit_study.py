@@ -6,7 +6,7 @@ without `--bf16 True` training takes half as long again):
 
     OMP_NUM_THREADS=1 accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no \
         --dynamo_backend no examples/run_exit_study.py --use_cpu True --bf16 True --output_dir outputs/exit-study \
-        --tasks sst2=../shared/data/sst2 trec=../shared/data/trec
+        --tasks sst2=data/sst2 trec=data/trec
 
 (`--multi_gpu` is what makes accelerate start several processes; `--use_cpu True` keeps them on the CPU.) Plain
 `python examples/run_exit_study.py ...` runs the same on one process. A study that was stopped is taken up where it

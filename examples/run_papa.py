@@ -3,7 +3,7 @@ al., 2022, arXiv 2211.03495) for any encoder and several tasks in one command: a
 the heads, the papers' probe with a growing share of constant heads, and constant heads beside and together with exits.
 
     OMP_NUM_THREADS=1 python examples/run_papa.py --models minilm --bf16 True --exits_on minilm/trec \
-        --tasks trec=../shared/data/trec ud_ewt_pos=../shared/data/ud_ewt_pos mrpc=../shared/data/mrpc,length=96
+        --tasks trec=data/trec ud_ewt_pos=data/ud_ewt_pos mrpc=data/mrpc,length=96
 
 A task is `name=folder`, with what differs from the defaults behind commas: the folder has train and test files
 (Parquet, CSV or JSON lines) and, if it likes, a validation file; `text=`, `pair=` and `label=` name columns, `length=`

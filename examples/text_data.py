@@ -72,7 +72,13 @@ class DataArguments:
     max_train_examples: int = field(default=6000, metadata={"help": "Training examples at most."})
     max_eval_examples: int = field(default=2000, metadata={"help": "Validation and test examples at most, each."})
     max_length: int = field(default=128, metadata={"help": "Tokens at most; longer texts are cut."})
-    held_out: float = field(default=0.15, metadata={"help": "Share held out for each split that the data lack."})
+    held_out: float = field(
+        default=0.25,
+        metadata={
+            "help": "Share held out for each split that the data lack. The same for all that is done with a model: "
+            "another share would calibrate on texts that it was trained on."
+        },
+    )
 
 
 def label_fields(names: Sequence[str]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import quickstart as quickstart_script
 from tests import tiny
 from tests.scripts import run_here
+from text_data import DataArguments, load_splits
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def test_quickstart_on_pairs_from_a_local_file(quickstart):
     # 36 texts to test a promise on are too few, and it says how many would do.
     assert re.search(r"No promise can be made: .* needs at least \d+ examples to test on", printed)
     assert "plain model, no exits" in printed
-    assert "Promised loss against all layers: none." in printed or "Nothing leaves early" in printed
+    assert "NOTHING WAS PROMISED" in printed or "Nothing leaves early" in printed
     sentences = [line for line in printed.splitlines() if "sure, after layer" in line]
     assert len(sentences) == 4
     assert all(line.split()[0] in ("same", "other") for line in sentences)
@@ -69,12 +70,23 @@ def test_quickstart_on_pairs_from_a_local_file(quickstart):
         assert (folder / "out" / "checkpoint" / name).exists()
         assert f"checkpoint/{name}" in printed or name == "exit_report.json"
     assert "-m hf_adaptive.serving" in printed
-    assert "## The exits" in (folder / "out" / "checkpoint" / "README.md").read_text()
+    card = (folder / "out" / "checkpoint" / "README.md").read_text()
+    assert "## The exits" in card
+    assert "widget" not in card, "texts of one's own are not published"
 
 
 def test_quickstart_names_a_column_that_is_not_there(encoder, pairs, tmp_path):
     with pytest.raises(ValueError, match=r"has no column \['text', 'label'\]; it has \['first', 'second', 'answer'\]"):
         run_here("quickstart", "--model", encoder, "--dataset", pairs, folder=tmp_path)
+
+
+def test_nothing_is_calibrated_on_that_the_quickstart_trained_on(pairs):
+    columns = {"text_column": "first", "text_pair_column": "second", "label_column": "answer"}
+    trained = load_splits(quickstart_script.DemoDataArguments(str(pairs), **columns))["train"]
+    held_out = load_splits(DataArguments(str(pairs), **columns))
+    seen = set(zip(trained["text"], trained["text_pair"]))
+    for name in ("validation", "test"):
+        assert seen.isdisjoint(zip(held_out[name]["text"], held_out[name]["text_pair"]))
 
 
 @tiny.on_few_rows

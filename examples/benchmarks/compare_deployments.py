@@ -4,7 +4,7 @@ of these forms.
 
     python examples/benchmarks/compare_deployments.py --quick
     python examples/benchmarks/compare_deployments.py --output_dir outputs/deployments \
-        --tasks sst2=../shared/data/sst2 ag_news=../shared/data/ag_news trec=../shared/data/trec
+        --tasks sst2=data/sst2 ag_news=data/ag_news trec=data/trec
     python examples/benchmarks/compare_deployments.py --time True … (the same flags)
 
 The first part trains, exports and calibrates; it may run on a busy machine, and is taken up where it was stopped (a
