@@ -161,7 +161,8 @@ def test_with_confidence_fits_on_one_part_and_tests_on_the_other(calibrator):
 
 
 def test_too_few_examples_for_a_promise_says_how_many(calibrator):
-    with pytest.raises(ValueError, match=r"needs at least \d+ examples"):
+    tested = round(COUNT * 2 / 3)
+    with pytest.raises(ValueError, match=rf"needs at least \d+ examples .*, got {tested} of your {COUNT}: the"):
         calibrator.calibrate(max_disagreement=0.005, confidence=0.99)
 
 

@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from hf_adaptive.calibration.temperature import (
-    MAX_TEMPERATURE,
-    MIN_TEMPERATURE,
     expected_calibration_error,
     fit_temperature,
     fit_temperatures,
@@ -78,20 +76,23 @@ def test_scaling_the_logits_scales_the_temperature(golden):
     assert fit_temperature(3 * logits, labels) == pytest.approx(3 * fit_temperature(logits, labels), rel=1e-6)
 
 
-def test_every_answer_right_ends_at_the_lower_limit_with_a_warning():
+def test_every_answer_right_keeps_temperature_one_with_a_warning():
     logits, labels = torch.tensor([[2.0, 0.0], [0.0, 3.0]]), torch.tensor([0, 1])
-    with pytest.warns(UserWarning, match="every answer is right") as warned:
-        assert fit_temperature(logits, labels) == MIN_TEMPERATURE
+    with pytest.warns(UserWarning, match="every answer is right: it stays 1") as warned:
+        assert fit_temperature(logits, labels) == 1
     with pytest.warns(UserWarning, match="optimal") as again:
-        assert fit_temperatures(logits[:, None], labels)[0].at_limit
+        fit = fit_temperatures(logits[:, None], labels)[0]
+    assert fit.at_limit
+    assert fit.temperature == 1
+    assert fit.nll_after == fit.nll_before
     # Where the user asked, however deep it was found.
     assert [warning.filename for warning in (*warned, *again)] == [__file__] * 2
 
 
-def test_worse_than_chance_ends_at_the_upper_limit_with_a_warning():
+def test_worse_than_chance_keeps_temperature_one_with_a_warning():
     logits, labels = torch.tensor([[2.0, 0.0], [0.0, 3.0]]), torch.tensor([1, 0])
-    with pytest.warns(UserWarning, match="worse than chance"):
-        assert fit_temperature(logits, labels) == MAX_TEMPERATURE
+    with pytest.warns(UserWarning, match="worse than chance: it stays 1"):
+        assert fit_temperature(logits, labels) == 1
 
 
 def test_equal_logits_say_nothing_and_keep_temperature_one():

@@ -21,7 +21,7 @@ from ..modeling.exit_profile import cells, count_cells
 from ..modeling.labels import has_label, labels_of
 from .exit_table import ExitTable, Thresholds
 from .reference import check_reference, run_all_exits
-from .risk_control import candidate_settings, find_guaranteed_thresholds, split_examples
+from .risk_control import candidate_settings, check_size, find_guaranteed_thresholds, split_examples
 from .temperature import TemperatureFit, fit_temperatures
 from .threshold_search import find_thresholds
 from .wishes import ThresholdChoice, Wish, make_wish
@@ -361,7 +361,9 @@ class ExitCalibrator:
         shapes_something = self.fits_temperatures or self.certainty is not None or per_exit
         if wish is None or confidence is None or not shapes_something:
             return everything, everything
-        return split_examples(len(everything), seed=self.seed)
+        tuning, testing = split_examples(len(everything), seed=self.seed)
+        check_size(len(testing), wish, confidence, len(everything))
+        return tuning, testing
 
     def _temperature_fits(self, tuning: torch.Tensor) -> list[TemperatureFit] | None:
         if self.labels is None or not self.fits_temperatures:

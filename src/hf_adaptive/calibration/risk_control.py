@@ -62,7 +62,7 @@ def find_guaranteed_thresholds(
             pass (says how many are needed), missing labels.
     """
     rule = _Rule(wish, _delta(confidence))
-    _check_size(testing.num_examples, wish, confidence)
+    check_size(testing.num_examples, wish, confidence)
     test = _Test(testing, rule)
     thresholds = test.last_passing_shared() if candidates is None else test.last_passing_of(candidates)
     full_model_keeps = thresholds is not None
@@ -237,10 +237,19 @@ def _delta(confidence: float) -> float:
     return 1 - confidence
 
 
-def _check_size(num_testing: int, wish: Wish, confidence: float) -> None:
+def check_size(num_testing: int, wish: Wish, confidence: float, num_examples: int | None = None) -> None:
+    """Refuses fewer testing examples than [`examples_needed`].
+
+    Args:
+        num_examples: of all that the user gave, where the rest shaped temperatures or candidates.
+    """
     needed = examples_needed(wish, confidence)
-    if num_testing < needed:
-        raise ValueError(
-            f"{wish} with confidence={confidence:g} needs at least {needed} examples to test on (several times as "
-            f"many to save much), got {num_testing}. Use more calibration data, a larger bound or a lower confidence."
-        )
+    if num_testing >= needed:
+        return
+    got = f"got {num_testing}"
+    if num_examples is not None and num_examples > num_testing:
+        got += f" of your {num_examples}: the rest fits temperatures and suggests thresholds"
+    raise ValueError(
+        f"{wish} with confidence={confidence:g} needs at least {needed} examples to test on (several times as many to "
+        f"save much), {got}. Use more calibration data, a larger bound or a lower confidence."
+    )

@@ -26,8 +26,7 @@ class TemperatureFit:
         temperature: the logits are divided by it.
         nll_before, nll_after: mean negative log-likelihood in nats, at temperature 1 and at `temperature`.
         ece_before, ece_after: expected calibration error with 15 bins, between 0 and 1.
-        at_limit: the likelihood has no optimum inside [`MIN_TEMPERATURE`, `MAX_TEMPERATURE`]; `temperature` is the
-            nearer end of that range.
+        at_limit: the likelihood has no optimum between `MIN_TEMPERATURE` and `MAX_TEMPERATURE`; it is then 1.
         num_examples: how many examples it was fitted on.
     """
 
@@ -48,8 +47,9 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
     The likelihood is convex in 1/T, so the root of its derivative is the exact minimiser; it is found by Newton steps
     inside a shrinking bracket, in float64. Where there is no minimiser between 0.01 and 100 (every answer right: the
-    likelihood improves for ever towards 0; answers worse than chance: towards infinity) the nearer end is returned
-    with a warning. Where the temperature makes no difference (all logits of a row equal, in every row) it is 1.
+    likelihood improves for ever towards 0; answers worse than chance: towards infinity) it stays 1, with a warning: an
+    end of the range would make everything look certain, or nothing. Where the temperature makes no difference (all
+    logits of a row equal, in every row) it is 1, too.
 
     Args:
         logits: `(examples, labels)`, of one exit, not yet divided by any temperature.
@@ -59,16 +59,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     Raises:
         ValueError: shapes that do not fit, no examples, logits that are not finite, labels out of range.
     """
-    logits, labels = _checked(logits, labels)
-    inverse = _minimise_over_inverse_temperature(logits, labels)
-    temperature = min(max(1 / inverse, MIN_TEMPERATURE), MAX_TEMPERATURE)
-    if _is_limit(temperature):
-        warn_caller(
-            f"No temperature between {MIN_TEMPERATURE} and {MAX_TEMPERATURE} is optimal for these {len(logits)} "
-            f"examples; using {temperature}. Usually there are too few (every answer is right), or the exit is worse "
-            "than chance: calibrate on more examples, or leave this exit's temperature at 1."
-        )
-    return temperature
+    return _fitted(*_checked(logits, labels))[0]
 
 
 def fit_temperatures(exit_logits: Tensor, labels: Tensor) -> list[TemperatureFit]:
@@ -124,20 +115,29 @@ def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int 
 
 
 def _fit_one(logits: Tensor, labels: Tensor) -> TemperatureFit:
-    temperature = fit_temperature(logits, labels)
+    temperature, at_limit = _fitted(*_checked(logits, labels))
     return TemperatureFit(
         temperature=temperature,
         nll_before=negative_log_likelihood(logits, labels),
         nll_after=negative_log_likelihood(logits, labels, temperature),
         ece_before=expected_calibration_error(_probabilities(logits, labels), labels),
         ece_after=expected_calibration_error(_probabilities(logits / temperature, labels), labels),
-        at_limit=_is_limit(temperature),
+        at_limit=at_limit,
         num_examples=len(logits),
     )
 
 
-def _is_limit(temperature: float) -> bool:
-    return temperature in (MIN_TEMPERATURE, MAX_TEMPERATURE)
+def _fitted(logits: Tensor, labels: Tensor) -> tuple[float, bool]:
+    """The temperature, and whether it stayed 1 for want of an optimum."""
+    temperature = 1 / _minimise_over_inverse_temperature(logits, labels)
+    if MIN_TEMPERATURE < temperature < MAX_TEMPERATURE:
+        return temperature, False
+    cause = "every answer is right" if temperature <= MIN_TEMPERATURE else "the exit is worse than chance"
+    warn_caller(
+        f"No temperature between {MIN_TEMPERATURE} and {MAX_TEMPERATURE} is optimal for these {len(logits)} examples, "
+        f"usually because {cause}: it stays 1. Calibrate on more, or harder, examples."
+    )
+    return 1.0, True
 
 
 def _minimise_over_inverse_temperature(logits: Tensor, labels: Tensor) -> float:
