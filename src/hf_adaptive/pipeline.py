@@ -35,11 +35,11 @@ class ExitsTextClassificationPipeline(TextClassificationPipeline):
         check_tokenizer(kwargs.get("tokenizer"))
         super().__init__(**kwargs)
 
-    def __call__(self, inputs: Any, **kwargs: Any) -> Any:
+    def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """As in the stock pipeline; no texts have no answers."""
         if isinstance(inputs, Sized) and not isinstance(inputs, (str, Mapping)) and len(inputs) == 0:
             return []
-        return super().__call__(inputs, **kwargs)
+        return super().__call__(inputs, *args, **kwargs)
 
     def get_iterator(
         self,

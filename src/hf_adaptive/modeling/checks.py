@@ -48,10 +48,11 @@ def check_at_least(name: str, value: Any, least: float) -> None:
         raise ValueError(f"{name} must be a number of at least {least}, got {shortened(value)}.")
 
 
-def check_path(name: str, value: Any) -> None:
-    """Raises `ValueError` unless a text or a path."""
+def check_path(name: str, value: Any) -> str | os.PathLike[str]:
+    """The value, if it is a text or a path; else raises `ValueError`."""
     if not isinstance(value, (str, os.PathLike)):
         raise ValueError(f"{name} must be a path, a text or a pathlib.Path, got {shortened(value)}.")
+    return value
 
 
 def shortened(value: Any) -> str:

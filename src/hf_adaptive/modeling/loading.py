@@ -70,9 +70,9 @@ class LoadsPlainCheckpoints(ModelBase):
             OSError: Files that are missing, damaged or no safetensors.
         """
         check_config(cls, config)
-        path = pretrained_model_name_or_path
-        if path is None and config is not None:
+        if pretrained_model_name_or_path is None and config is not None:
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
+        path = check_path("pretrained_model_name_or_path", pretrained_model_name_or_path)
         model_type = checkpoint_model_type(path, **kwargs)
         loaders = {
             cls.config_class.model_type: cls._load_own,
