@@ -84,10 +84,18 @@ def test_the_stored_thresholds_and_a_plain_model_stand_beside_the_curve(tmp_path
     assert report.chosen.threshold == [0.4, 0.4]
     assert report.chosen.cost == pytest.approx(cost)
     assert report.chosen.seconds > 0
+    last = f"chosen thresholds: accuracy {report.chosen.accuracy:.4f}, cost {report.chosen.cost:.2f}"
+    assert str(report).splitlines()[-1] == last
     report.to_json(tmp_path / "report.json")
     assert ExitReport.from_json(tmp_path / "report.json") == report
     report.plot(tmp_path / "exits.svg")
-    assert "model without exits" in (tmp_path / "exits.svg").read_text()
+    picture = (tmp_path / "exits.svg").read_text()
+    for words in (
+        "What leaving early costs in accuracy",
+        "model without exits",
+        "one threshold for all exits (confid",
+    ):
+        assert words in picture
 
 
 def test_intervals_of_an_accuracy_hold_it_and_narrow_with_the_examples(report):

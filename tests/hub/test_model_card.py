@@ -5,6 +5,7 @@ import re
 
 import pytest
 from huggingface_hub import ModelCard
+from transformers import SchedulerType
 
 import hf_adaptive
 from hf_adaptive.evaluation import CurvePoint, ExitReport, PlainModel
@@ -109,6 +110,8 @@ def test_the_promise_stands_in_the_card_until_thresholds_change(model):
         "3.2% other answers",
     ):
         assert part in text
+    model.config.exit_calibration = {**record, "wish": {"name": "max_accuracy_drop", "bound": 0.01}}
+    assert "at most 1 point of accuracy lost" in str(model_card(model))
     model.config.exit_calibration = {**record, "guarantee": None}
     assert "without a promise about new data" in str(model_card(model))
     model.config.exit_thresholds = [0.8, 0.8]
@@ -116,8 +119,10 @@ def test_the_promise_stands_in_the_card_until_thresholds_change(model):
 
 
 def test_says_how_it_was_made_and_offers_texts_to_try(model, tmp_path):
-    card = model_card(model, training={"learning_rate": 2e-4, "seed": 42}, widget=["A masterpiece.", "Far too: long"])
+    training = {"learning_rate": 2e-4, "lr_scheduler_type": SchedulerType.LINEAR}
+    card = model_card(model, training=training, widget=["A masterpiece.", "Far too: long"])
     assert "| learning_rate | 0.0002 |" in str(card)
+    assert "| lr_scheduler_type | linear |" in str(card)
     assert f"| hf_adaptive | {hf_adaptive.__version__} |" in str(card)
     assert saved_and_loaded(card, tmp_path).widget == [{"text": "A masterpiece."}, {"text": "Far too: long"}]
 
@@ -166,6 +171,12 @@ def test_a_folder_that_looks_like_a_name_on_the_hub_is_none(model, tmp_path, mon
     (tmp_path / "outputs" / "encoder").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert model_card(model, base_model="outputs/encoder").data.base_model is None
+
+
+@pytest.mark.parametrize(("repo_id", "is_folder"), [("quickstart", True), ("/data/sst2", True), ("me/sst2", False)])
+def test_code_that_names_a_folder_says_so(model, repo_id, is_folder):
+    card = str(model_card(model, repo_id=repo_id))
+    assert (f'In the code, "{repo_id}" is the folder that this card lies in' in card) == is_folder
 
 
 def test_a_model_is_not_its_own_base(model):

@@ -444,8 +444,7 @@ class ExitCalibrator:
 
     def _lowest_score(self) -> float:
         """Where everything leaves: the end of the criterion's range."""
-        first = self.criterion.useful_thresholds(self.config.num_labels, len(self.config.exit_layers))[0]
-        end = {"confidence": 0.0}.get(self.criterion.name, first)
+        end = self.criterion.loosest_threshold
         return end if self.criterion.leaves_above else -end
 
     def _user_thresholds(self, choice: ThresholdChoice | None) -> list[float | None] | None:
@@ -457,7 +456,7 @@ class ExitCalibrator:
     def _user_threshold(self, score: float) -> float:
         threshold = score if self.criterion.leaves_above else -score
         # Between two counts of agreeing exits lies no count.
-        return float(math.ceil(threshold)) if self.criterion.name == "patience" else threshold
+        return float(math.ceil(threshold)) if self.criterion.counts_exits else threshold
 
 
 def _choose(

@@ -139,7 +139,7 @@ class _Rule:
     delta: float
 
     def __post_init__(self) -> None:
-        if self.wish.name == "target_cost" or self.wish.bound == 0:
+        if not self.wish.allows_loss or self.wish.bound == 0:
             raise ValueError(
                 f"A confidence can be given for max_accuracy_drop or max_disagreement above 0, got {self.wish}. "
                 "Leave confidence out, or ask for such a bound."

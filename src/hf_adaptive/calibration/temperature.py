@@ -26,7 +26,7 @@ class TemperatureFit:
         temperature: the logits are divided by it.
         nll_before, nll_after: mean negative log-likelihood in nats, at temperature 1 and at `temperature`.
         ece_before, ece_after: expected calibration error with 15 bins, between 0 and 1.
-        at_limit: the likelihood has no optimum between `MIN_TEMPERATURE` and `MAX_TEMPERATURE`; it is then 1.
+        at_limit: the likelihood has no optimum inside [`MIN_TEMPERATURE`, `MAX_TEMPERATURE`], and `temperature` is 1.
         num_examples: how many examples it was fitted on.
     """
 

@@ -27,9 +27,9 @@ def find_thresholds(table: ExitTable, wish: Wish, per_exit: bool = False) -> Thr
     """
     objective = objective_of(wish, table)
     thresholds = _best_per_exit(table, wish, objective) if per_exit else _best_shared(table, wish, objective)
-    found = thresholds is not None and (wish.name == "target_cost" or table.saves(thresholds))
+    found = thresholds is not None and (not wish.allows_loss or table.saves(thresholds))
     # Nothing grants a bound on the loss: not even all layers run, which lose nothing unless there is a reference.
-    full_model_keeps = thresholds is not None or wish.name == "target_cost"
+    full_model_keeps = thresholds is not None or not wish.allows_loss
     if thresholds is None or not found:
         thresholds = table.run_everything
     measured = table.measure(thresholds)

@@ -38,6 +38,23 @@ class Wish:
     def needs_labels(self) -> bool:
         return self.name != "max_disagreement"
 
+    @property
+    def allows_loss(self) -> bool:
+        """Whether it bounds what may be lost against the last exit, so that it can be promised; else the cost."""
+        return self.name != "target_cost"
+
+    @property
+    def in_words(self) -> str:
+        """For a reader who knows no names of arguments."""
+        bound = f"{100 * self.bound:.3g}"
+        if self.name == "target_cost":
+            return f"the best accuracy at {bound} % of the layers"
+        if self.name == "max_accuracy_drop":
+            return f"at most {bound} point{'' if bound == '1' else 's'} of accuracy lost against the last exit"
+        if self.name == "max_disagreement":
+            return f"at most {bound} % answers other than the last exit's"
+        return str(self)  # of a model that another version calibrated
+
     def __str__(self) -> str:
         return f"{self.name}={self.bound:g}"
 
@@ -151,7 +168,7 @@ def reward_to_match(table: ExitTable, wish: Wish) -> Tensor:
 
 def objective_of(wish: Wish, table: ExitTable) -> Objective:
     """What a search has to maximise to grant the wish."""
-    if wish.name == "target_cost":
+    if not wish.allows_loss:
         return best_below(wish.bound)
     return cheapest_above(reward_to_match(table, wish).mean().item() - wish.bound)
 

@@ -61,6 +61,7 @@ class Picture:
     """Panels beside each other that share the score's axis.
 
     Args:
+        title (`str`): What it shows.
         panels (`Sequence[Panel]`): From left to right.
         score_name (`str`): What is up.
         criterion (`str`): What is compared with the thresholds.
@@ -68,6 +69,7 @@ class Picture:
         interval (`str`): What the bars mean; empty if there are none.
     """
 
+    title: str
     panels: Sequence[Panel]
     score_name: str
     criterion: str
@@ -87,6 +89,7 @@ def draw(picture: Picture, path: str) -> None:
         axes = figure.subplots(1, len(picture.panels), sharey=True, squeeze=False)[0]
         for panel, area in zip(picture.panels, axes):
             _draw_panel(panel, picture, area)
+        figure.suptitle(picture.title, fontsize=13)
         axes[0].set_ylabel(picture.score_name)
         figure.legend(*_legend(axes), loc="outside lower center", ncols=3, frameon=False)
         figure.savefig(path, dpi=130)
@@ -102,7 +105,7 @@ def _draw_panel(panel: Panel, picture: Picture, area: "Axes") -> None:
             "-o" if panel.joined else "o",
             color=CURVE,
             markersize=4,
-            label=f"by {picture.criterion}",
+            label=f"one threshold for all exits ({picture.criterion})",
         )
     if not panel.joined:
         for mark in points:
@@ -111,7 +114,7 @@ def _draw_panel(panel: Panel, picture: Picture, area: "Axes") -> None:
         area.plot(mark.x, mark.score, "D", color=EXITS, markersize=7, label="one exit for all")
         area.annotate(mark.label, (mark.x, mark.score), (6, -14), textcoords="offset points", color=EXITS, fontsize=10)
     _draw_special(panel.plain, "s", PLAIN, "model without exits", area)
-    _draw_special(panel.chosen, "*", CHOSEN, f"chosen{picture.interval}", area)
+    _draw_special(panel.chosen, "*", CHOSEN, f"chosen thresholds{picture.interval}", area)
     area.set_xlabel(panel.x_label)
     area.set_title(panel.title, fontsize=11)
     area.margins(x=0.08, y=0.14)

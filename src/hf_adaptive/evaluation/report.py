@@ -172,6 +172,7 @@ class ExitReport:
         is_timed = self.full_seconds is not None and any(point.seconds is not None for point in self.curve)
         return Picture(
             panels=[self._cost_panel(), *([self._speed_panel()] if is_timed else [])],
+            title=f"What leaving early costs in {self.metric_name}, and what it saves",
             score_name=self.metric_name,
             criterion=self.criterion,
             full_score=self.accuracy[-1],
@@ -217,8 +218,11 @@ class ExitReport:
             f"{layer:>6} {cost:>6.2f} {accuracy:>10.4f}"
             for layer, cost, accuracy in zip(self.exit_layers, self.costs, self.accuracy)
         ]
+        chosen = []
+        if self.chosen is not None:
+            chosen = [f"chosen thresholds: {self.metric_name} {self.chosen.accuracy:.4f}, cost {self.chosen.cost:.2f}"]
         left_out = [f"({self.num_unlabelled} examples without a label left out)"] if self.num_unlabelled else []
-        return "\n".join([f"{'layers':>6} {'cost':>6} {self.metric_name:>10}", *rows, *left_out])
+        return "\n".join([f"{'layers':>6} {'cost':>6} {self.metric_name:>10}", *rows, *left_out, *chosen])
 
 
 def _pair(values: list[float] | None) -> tuple[float, float] | None:

@@ -1,5 +1,6 @@
 """The card of a classifier with exits, made from the model and its report."""
 
+import enum
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..calibration.wishes import Wish
 from ..evaluation.report import spread_by_cost
 from ..files import write_whole
 from ..modeling.criteria import CRITERIA
@@ -49,7 +51,7 @@ def model_card(
     Args:
         model: A classifier with exits, also with an adapter of PEFT (or a cascade).
         report (`ExitReport`, *optional*): What was measured; the card has no numbers without it.
-        repo_id (`str`): Name on the Hub, for the examples of use.
+        repo_id (`str`): Name on the Hub, for the examples of use; or a folder's, and the card says that it is one.
         base_model (`str`, *optional*): What it was fine-tuned from; defaults to what the model was loaded from, unless
             that is `repo_id`. A Hub name is linked; of a path only the last part is shown.
         dataset_name (`str`, *optional*): What it was trained and evaluated on; shown as `base_model` is.
@@ -79,6 +81,7 @@ def model_card(
         seal=BLANK_SEAL,
         model_name=as_text(_last_part(repo_id)),
         repo_literal=as_literal(repo_id),
+        is_folder=not _looks_like_hub_name(repo_id),
         base_model=_shown(base_model, "https://huggingface.co"),
         adapter_of=as_literal(_loaded_as(base_model)) if is_adapter else None,
         dataset=_shown(dataset_name, "https://huggingface.co/datasets"),
@@ -211,7 +214,11 @@ def _chosen(config: Any, report: "ExitReport | None") -> "CurvePoint | None":
 
 
 def _is_hub_name(name: str | None) -> TypeGuard[str]:
-    if name is None or name.count("/") != 1 or Path(name).exists():
+    return name is not None and _looks_like_hub_name(name) and not Path(name).exists()
+
+
+def _looks_like_hub_name(name: str) -> bool:
+    if name.count("/") != 1:
         return False
     try:
         validate_repo_id(name)
@@ -249,7 +256,7 @@ def _words(config: Any) -> dict[str, Any]:
     """What the template's sentences need of the configuration."""
     values = config.to_dict()
     criterion = CRITERIA[config.exit_criterion]
-    example = config.exit_thresholds or {"entropy": 0.3, "patience": 2}.get(config.exit_criterion, 0.9)
+    example = config.exit_thresholds or criterion.example_threshold
     return {
         "routing": values.get("exit_routing"),
         "has_branches": any(config.exit_branch_costs),
@@ -340,7 +347,8 @@ def _promise(config: Any) -> str | None:
     if record is None:
         return None
     measured, guarantee, count = record["measured"], record["guarantee"], record["num_examples"]
-    text = [f"The thresholds were asked for **{_wish_in_words(record['wish'])}**."]
+    wish = Wish(record["wish"]["name"], record["wish"]["bound"])
+    text = [f"The thresholds were asked for **{as_text(wish.in_words)}**."]
     if guarantee is None:
         text.append(
             f"They were chosen on {record['num_examples']} held-out examples, without a promise about new data."
@@ -355,22 +363,16 @@ def _promise(config: Any) -> str | None:
     return " ".join(text) + f"{lost}."
 
 
-def _wish_in_words(wish: Mapping[str, Any]) -> str:
-    bound = 100 * wish["bound"]
-    words = {
-        "target_cost": f"the best accuracy at {bound:.3g} % of the layers",
-        "max_accuracy_drop": f"at most {bound:.3g} points of accuracy lost against the last exit",
-        "max_disagreement": f"at most {bound:.3g} % answers other than the last exit's",
-    }
-    return words.get(wish["name"], as_text(f"{wish['name']}={wish['bound']:g}"))
-
-
 def _reproduction(training: Mapping[str, Any] | None) -> str:
     versions = {name: metadata.version(name) for name in ("transformers", "torch")}
     settings = {**(training or {}), **versions, "hf_adaptive": __version__}
-    texts = {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in settings.items()}
-    shown = [(as_text(name), as_text(text)) for name, text in texts.items()]
+    shown = [(as_text(name), as_text(_setting(value))) for name, value in settings.items()]
     return _table(("", ""), shown, numbers=False)
+
+
+def _setting(value: Any) -> str:
+    value = value.value if isinstance(value, enum.Enum) else value
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = True) -> str:

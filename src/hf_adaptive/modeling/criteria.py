@@ -67,6 +67,9 @@ class Criterion(ABC):
         threshold_range (`str`): What a threshold can be, for messages.
         leaves_above (`bool`): Whether a row leaves at or above the threshold; else at or below it.
         compares_exits (`bool`): Whether an exit's signal depends on what the exits before it said.
+        counts_exits (`bool`): Whether the signal is a whole number of exits, and no measure of doubt.
+        loosest_threshold (`float`): Where every row leaves, whatever the signal.
+        example_threshold (`float`): What is shown where none is stored.
     """
 
     name: str
@@ -74,6 +77,9 @@ class Criterion(ABC):
     threshold_range: str
     leaves_above: bool = True
     compares_exits: bool = False
+    counts_exits: bool = False
+    loosest_threshold: float
+    example_threshold: float = 0.9
 
     @abstractmethod
     def allows(self, threshold: float) -> bool:
@@ -90,6 +96,10 @@ class Criterion(ABC):
     def leaves(self, signal: Array, threshold: float) -> Array:
         """Which rows leave, booleans of shape `(rows,)`. A signal of NaN never leaves."""
         return signal >= threshold if self.leaves_above else signal <= threshold
+
+    def tightened(self, threshold: float) -> float:
+        """A threshold at which fewer rows leave: half of the way to where nothing leaves."""
+        return (threshold + 1) / 2 if self.leaves_above else threshold / 2
 
     def check_threshold(self, threshold: float | None, position: int) -> None:
         """Raises `ValueError` for a threshold that cannot be one; None means: nothing leaves at this exit."""
@@ -119,6 +129,7 @@ class Confidence(Criterion):
 
     name = "confidence"
     threshold_range = "a probability from 0 to 1"
+    loosest_threshold = 0.0
 
     def allows(self, threshold: float) -> bool:
         return 0 <= threshold <= 1
@@ -144,6 +155,8 @@ class Entropy(Criterion):
     name = "entropy"
     threshold_range = "a normalised entropy from 0 (sure) to 1"
     leaves_above = False
+    loosest_threshold = 1.0
+    example_threshold = 0.3
 
     def allows(self, threshold: float) -> bool:
         return 0 <= threshold <= 1
@@ -168,11 +181,17 @@ class Patience(Criterion):
 
     name = "patience"
     compares_exits = True
+    counts_exits = True
+    loosest_threshold = 1.0
+    example_threshold = 2
     problem_types = (*CLASSIFICATION, "regression")
     threshold_range = "a whole number of exits from 1 on"
 
     def allows(self, threshold: float) -> bool:
         return threshold >= 1 and float(threshold).is_integer()
+
+    def tightened(self, threshold: float) -> float:
+        return threshold + 1  # one exit more that has to agree
 
     def useful_thresholds(self, num_labels: int, exits: int) -> list[float]:
         return [float(count) for count in range(1, exits + 1)]
@@ -192,6 +211,7 @@ class Learned(Criterion):
 
     name = "learned"
     threshold_range = "a calibrated certainty from 0 to 1"
+    loosest_threshold = 0.0
 
     def allows(self, threshold: float) -> bool:
         return 0 <= threshold <= 1

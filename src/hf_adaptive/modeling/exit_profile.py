@@ -43,9 +43,9 @@ def count_cells(found: np.ndarray, exits: int) -> list[list[int]]:
 
 
 def _levels(evidence: Evidence, name: str) -> np.ndarray:
-    """Levels of doubt, from the least one, 0, on; all 0 for patience, which counts exits, and for numbers."""
+    """Levels of doubt, from the least one, 0, on; all 0 where the criterion counts exits, and for numbers."""
     criterion = CRITERIA[name]
-    if name == "patience" or evidence.problem_type not in criterion.problem_types:
+    if criterion.counts_exits or evidence.problem_type not in criterion.problem_types:
         return np.zeros(len(evidence.logits), dtype=np.int64)
     signal = criterion.signal(evidence).astype(np.float64)
     doubt = 1 - signal if criterion.leaves_above else signal

@@ -221,12 +221,7 @@ class Monitor:
         return self.config.checked_thresholds(self.config.exit_thresholds if asked is None else asked)
 
     def _tightened(self, threshold: float | None) -> float | None:
-        """Half of the way to where nothing leaves; one exit more that has to agree."""
-        if threshold is None:
-            return None
-        if self.config.exit_criterion == "patience":
-            return threshold + 1
-        return (threshold + 1) / 2 if CRITERIA[self.config.exit_criterion].leaves_above else threshold / 2
+        return None if threshold is None else CRITERIA[self.config.exit_criterion].tightened(threshold)
 
     def _audit_anew(self) -> None:
         self._audited, self._others = 0, 0
