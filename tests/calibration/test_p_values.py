@@ -69,6 +69,12 @@ def test_many_changes_prove_nothing_and_need_no_limit():
     assert not passes_accuracy_drop(torch.tensor([500]), torch.tensor([500]), 1000, 0.1, DELTA).any()
 
 
+def test_nothing_is_proven_from_one_below_the_mean_on():
+    """Up to there the tail is known to rise with the rate of changed answers: (800 - 1) · 0.03 = 23.97."""
+    assert accuracy_drop_p_value(60, 38, 800, 0.03, DELTA) < 1
+    assert accuracy_drop_p_value(61, 38, 800, 0.03, DELTA) == 1.0
+
+
 @pytest.mark.parametrize("gamma", [1e-17, 1e-19])
 def test_a_limit_that_lies_closer_to_one_than_numbers_can_say(gamma):
     assert 1 - 1.1e-12 <= binomial_upper_limit(99, 100, gamma) < 1

@@ -10,6 +10,9 @@ from datasets import Dataset
 from transformers import BertForSequenceClassification
 
 from hf_adaptive import ExitReport, evaluate_exits
+from hf_adaptive.evaluation import CurvePoint
+from hf_adaptive.evaluation.plain import plain_logits
+from hf_adaptive.evaluation.report import spread_by_cost
 from tests import tiny
 
 LENGTHS = [3, 9, 5, 12, 7, 4, 8, 6, 10, 2, 11, 5]
@@ -98,6 +101,23 @@ def test_the_stored_thresholds_and_a_plain_model_stand_beside_the_curve(tmp_path
         assert words in picture
 
 
+@torch.no_grad()
+def test_scores_of_a_plain_model_come_in_the_order_of_the_examples():
+    plain, rows = tiny.plain_model(), dataset()
+    alone = torch.cat([plain(torch.tensor([row])).logits for row in rows["input_ids"]])
+    torch.testing.assert_close(plain_logits(plain, rows, batch_size=4), alone, atol=1e-5, rtol=1e-5)
+
+
+def test_speed_is_how_many_times_as_fast_as_everything(report):
+    point = dataclasses.replace(report.curve[0], seconds=1.5)
+    assert dataclasses.replace(report, full_seconds=3.0).speed(point) == 2.0
+
+
+def test_of_points_of_one_cost_the_first_is_timed():
+    points = [CurvePoint(threshold, cost, 0.5, [1.0]) for threshold, cost in ((0.1, 0.2), (0.2, 0.2), (0.3, 0.6))]
+    assert spread_by_cost(points, 5) == [points[0], points[2]]
+
+
 def test_intervals_of_an_accuracy_hold_it_and_narrow_with_the_examples(report):
     low, high = report.interval(0.75)
     assert 0 < low < 0.75 < high < 1
@@ -170,6 +190,14 @@ def test_point_at_cost(report):
     assert best.cost <= 0.6
     assert best.accuracy == max(point.accuracy for point in report.curve if point.cost <= 0.6)
     assert report.point_at_cost(cheapest / 2) is None
+
+
+def test_the_cheaper_of_two_points_alike_and_one_of_just_this_cost(report):
+    points = [CurvePoint(cost, cost, accuracy, [1.0]) for cost, accuracy in ((0.2, 0.7), (0.3, 0.9), (0.5, 0.9))]
+    own = dataclasses.replace(report, curve=points)
+    assert own.point_at_cost(0.6) is points[1]
+    assert own.point_at_cost(0.3) is points[1]
+    assert own.point_at_cost(0.29) is points[0]
 
 
 def test_bad_calls(model):
