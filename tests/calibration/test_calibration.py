@@ -160,6 +160,14 @@ def test_with_confidence_fits_on_one_part_and_tests_on_the_other(calibrator):
     assert "confidence 0.9" in str(report) or not report.found
 
 
+@pytest.mark.parametrize(("criterion", "testing"), [("learned", round(COUNT * 2 / 3)), ("confidence", COUNT)])
+def test_what_shapes_the_scores_is_found_on_other_examples_than_the_promise(data, criterion, testing):
+    """The range of a learned unit's certainty; a confidence without temperatures is tested on all of them."""
+    model = tiny.model("bert", exit_criterion=criterion)
+    own = ExitCalibrator(model, data, temperatures=False, show_progress=False)
+    assert own.calibrate(max_disagreement=0.25, confidence=0.9).choice.guarantee.num_testing == testing
+
+
 def test_too_few_examples_for_a_promise_says_how_many(calibrator):
     tested = round(COUNT * 2 / 3)
     with pytest.raises(ValueError, match=rf"needs at least \d+ examples .*, got {tested} of your {COUNT}: the"):
