@@ -12,7 +12,10 @@ def batch():
     return {**tiny.batch(seed=5), "labels": tiny.labels(seed=5)}
 
 
-@pytest.mark.parametrize(("every", "steps"), [(2, [0, 2, 4, 6]), (0.5, [0, 3, 6]), (0.01, [0, 1, 2, 3, 4, 5, 6])])
+@pytest.mark.parametrize(
+    ("every", "steps"),
+    [(2, [0, 2, 4, 6]), (0.5, [0, 3, 6]), (0.3, [0, 2, 4, 6]), (0.01, [0, 1, 2, 3, 4, 5, 6])],
+)
 def test_records_before_and_during_training(every, steps, tmp_path):
     recorder = GradientConflictRecorder(batch(), every)
     own = trainer(tiny.model(exit_routing="joint"), tmp_path, callbacks=[recorder], max_steps=6)
