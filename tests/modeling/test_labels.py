@@ -221,6 +221,8 @@ def test_probabilities_train_and_count_as_the_likelier_answer():
     model = tiny.model(problem_type=MULTI)
     assert accuracies(model, soft) == accuracies(model, SEVERAL)
     assert loss(model, soft) != loss(model, SEVERAL)
+    # As likely as not is no.
+    assert accuracies(model, [[0.51 if one else 0.5 for one in row] for row in SEVERAL]) == accuracies(model, SEVERAL)
 
 
 def test_labels_of_tokens():
