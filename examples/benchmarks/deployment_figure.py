@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deployment_systems import OURS, SMALLER, TODAY
+from deployment_systems import OURS, SMALLER, TODAY, WISHES
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
@@ -17,16 +17,18 @@ COLORS = {TODAY: "#6b6b6b", SMALLER: "#d9730d", OURS: "#0b6e99"}
 MARKERS = {TODAY: "s", SMALLER: "^", OURS: "o"}
 # What loses more points than this is named under the title, so that the others can be told apart.
 LOWEST = 12.0
+KEY = "“At most 2 points lost” is what thresholds were chosen for, on other texts. No number: slower points of a line."
 
 
 def draw(title: str, points: Sequence["Point"], front: Sequence["Point"], path: Path) -> None:
-    """Writes the plot as PNG: names stand at the front, and at the fastest point of every other line."""
+    """Writes the plot as PNG: numbers stand at the front, and at the fastest point of every other line; a list beside
+    it names them."""
     floor = max(point.accuracy.mean for point in points) - LOWEST
     below = [point for point in points if point.accuracy.mean < floor]
     points = [point for point in points if point.accuracy.mean >= floor]
     fastest = {point.series: point for point in sorted(points, key=lambda one: one.speed.mean)}
     named = [point for point in points if point in front or point is fastest[point.series]]
-    figure = Figure(figsize=(10, 7.5), layout="constrained")
+    figure = Figure(figsize=(13, 7.5), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.plot(
@@ -47,11 +49,13 @@ def draw(title: str, points: Sequence["Point"], front: Sequence["Point"], path: 
     axes.margins(x=0.15, y=0.1)
     axes.set(xlabel="times as fast as torch fp32, from text to class", ylabel="accuracy, %")
     axes.set_ylim(bottom=floor - 0.5)
-    words = [f"{title}: accuracy over speed", *([_outside(below)] if below else [])]
+    words = [f"{title}: accuracy over speed. {KEY}", *([_outside(below)] if below else [])]
     axes.set_title("\n".join(words), fontsize=9, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="upper right", frameon=False, fontsize=9)
-    _label(axes, canvas, named)
+    named = sorted(named, key=lambda point: (list(COLORS).index(point.kind), -point.accuracy.mean))
+    _list(axes, named)
+    _number(axes, canvas, named, points)
     figure.savefig(path, dpi=130)
 
 
@@ -85,37 +89,53 @@ def _reach(points: Iterable["Point"]) -> list[float]:
     return [0.0 if one.accuracy.upper is None else one.accuracy.upper - one.accuracy.mean for one in points]
 
 
-def _label(axes: Any, canvas: Any, points: Sequence["Point"]) -> None:
-    """Writes names beside points where they cover neither a point nor a name, as far as there is room."""
+def _list(axes: Any, points: Sequence["Point"]) -> None:
+    """Names the numbers, to the right of the picture."""
+    for number, point in enumerate(points, start=1):
+        text = f"{number}  {_text(point)} ({point.accuracy.mean:.1f} %)"
+        place = (1.02, 0.97 - 0.045 * (number - 1))
+        axes.text(*place, text, transform=axes.transAxes, fontsize=9, color=COLORS[point.kind], va="top")
+
+
+def _number(axes: Any, canvas: Any, named: Sequence["Point"], points: Sequence["Point"]) -> None:
+    """Writes numbers beside points where they cover neither a point nor a number, as far as there is room."""
     canvas.draw()
-    renderer = canvas.get_renderer()
-    places = axes.transData.transform([(point.speed.mean, point.accuracy.mean) for point in points])
-    taken = [_box(x, y, 9, 9) for x, y in places]
-    for (x, y), point in sorted(zip(places, points), key=lambda pair: -pair[1].accuracy.mean):
-        text = axes.annotate(
-            _text(point), (0, 0), xycoords="figure pixels", fontsize=8, color=COLORS[point.kind], zorder=4
-        )
-        extent = text.get_window_extent(renderer)
-        spots = [_box(x + dx, y + dy, extent.width, extent.height) for dx, dy in _around(extent.width, extent.height)]
-        best = min(spots, key=lambda spot: _covered(spot, taken, axes.get_window_extent(renderer)))
+    within = axes.get_window_extent(canvas.get_renderer())
+    inverse = axes.transData.inverted()
+    taken = [_box(x, y, 9, 9) for x, y in map(axes.transData.transform, map(_place, points))]
+    for number, point in enumerate(named, start=1):
+        x, y = axes.transData.transform(_place(point))
+        spots = [_box(x + dx, y + dy, 16, 13) for dx, dy in _around(16, 13)]
+        best = min(spots, key=lambda spot: _covered(spot, taken, within))
         taken.append(best)
-        text.remove()
-        inverse = axes.transData.inverted()
         axes.annotate(
-            _text(point),
-            xy=(point.speed.mean, point.accuracy.mean),
+            str(number),
+            xy=_place(point),
             xytext=inverse.transform(((best[0] + best[2]) / 2, (best[1] + best[3]) / 2)),
             ha="center",
             va="center",
-            fontsize=8,
+            fontsize=9,
+            fontweight="bold",
             color=COLORS[point.kind],
             arrowprops={"arrowstyle": "-", "color": COLORS[point.kind], "linewidth": 0.4, "shrinkA": 0, "shrinkB": 3},
             zorder=4,
         )
 
 
+def _place(point: "Point") -> tuple[float, float]:
+    return point.speed.mean, point.accuracy.mean
+
+
 def _text(point: "Point") -> str:
-    return point.label if point.label == point.series else f"{point.series}: {point.label}"
+    """The name in words: what was asked of the thresholds, or how many layers there are."""
+    if point.label == point.series:
+        return point.label
+    if point.label in WISHES:
+        loss, _, promised = point.label.partition(" points")
+        return f"{point.series}: at most {loss} points lost{promised and ','}{promised}"
+    if point.label.isdigit():
+        return f"{point.series}: {point.label} layer{'' if point.label == '1' else 's'}"
+    return f"{point.series}: {point.label}"
 
 
 def _around(width: float, height: float) -> list[tuple[float, float]]:
