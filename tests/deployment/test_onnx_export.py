@@ -204,6 +204,33 @@ def test_what_is_no_number_goes_on_and_is_warned_of_where_it_was_asked(exported)
     assert found.exit_index.tolist() == [1] * 7
 
 
+@torch.no_grad()
+def test_arrays_of_every_kind_are_read_alike(own, exported):
+    onnx = load(exported)
+    ids = np.arange(12).reshape(3, 4) + 20
+    expected = own(torch.from_numpy(ids))
+    ones, zeros = np.ones_like(ids), np.zeros_like(ids)
+    left = np.concatenate([np.zeros((3, 2), dtype=np.int64), ids], axis=1)
+    for found in (
+        onnx(ids),
+        onnx(ids.tolist()),
+        onnx(ids.astype(np.int32), ones.astype(bool)),
+        onnx(np.asfortranarray(ids), ones, zeros),
+        onnx(left, np.repeat([[0, 0, 1, 1, 1, 1]], 3, axis=0)),
+    ):
+        assert_same(found, expected)
+    with pytest.raises(ValueError, match="attention_mask is 0 everywhere"):
+        onnx(ids, zeros)
+    with pytest.raises(ValueError, match=r"'token_type_ids'\] must hold numbers from 0 to 1"):
+        onnx(ids, ones, ids)
+    with pytest.raises(ValueError, match=r"must have one entry a token"):
+        onnx(ids, ones[:, :3])
+    for nothing in (None, ids[:0], ids[:, :0], ids[0]):
+        with pytest.raises(ValueError, match="example"):
+            onnx(nothing)
+    assert len(onnx([[20, 21], [22]]).logits) == 2
+
+
 # Streams
 
 

@@ -181,15 +181,17 @@ class OnnxClassifierWithExits:
         stages = self.staged(exit_thresholds, exit_at)
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
         given = {name: values for name, values in given.items() if values is not None}
-        for name, values in given.items():
-            if not is_list(values):
-                raise ValueError(f"{name} must be an array of shape (batch, length), got {shortened(values)}.")
-        examples = stages.read(given)
-        numbers = np.arange(len(examples))
-        result = stages.run(0, stages.start(examples, numbers))
+        batch = stages.start_arrays(given)
+        if batch is None:
+            for name, values in given.items():
+                if not is_list(values):
+                    raise ValueError(f"{name} must be an array of shape (batch, length), got {shortened(values)}.")
+            examples = stages.read(given)
+            batch = stages.start(examples, np.arange(len(examples)))
+        result = stages.run(0, batch)
         if result.batch is None:
             return _output(result.answers)
-        answers = _Collected(len(examples))
+        numbers, answers = np.arange(len(batch)), _Collected(len(batch))
         while result.batch is not None:
             answers.put(numbers[result.leaving], result.answers)
             numbers = numbers[result.staying]

@@ -1,6 +1,6 @@
 """An exported classifier run one stage at a time: the `StagedModel` of `scheduling.py` in numpy and onnxruntime."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +84,26 @@ class OnnxStages:
         missing = {name: np.zeros(shape, dtype=np.int64) for name in self.padding if name not in arrays}
         return OnnxRows(arrays | missing, examples.lengths[rows], self._no_answers(len(rows)))
 
+    def start_arrays(self, arrays: Mapping[str, Any]) -> OnnxRows | None:
+        """A batch that is ready as it was given: arrays of one shape, in range, without padding.
+
+        For one text, reading examples would take a good part of the time of its first layers.
+
+        Returns:
+            `OnnxRows`, or None where the arrays have to be read as examples (or refused).
+        """
+        ids = arrays.get("input_ids")
+        if not isinstance(ids, np.ndarray) or ids.ndim != 2 or ids.size == 0:
+            return None
+        limits = {**self.config.limits, "attention_mask": 2}
+        for name, array in arrays.items():
+            if not _is_ready(array, ids.shape, least=int(name == "attention_mask"), limit=limits.get(name, 2**31)):
+                return None
+        ready = {name: arrays[name] for name in self.padding if name in arrays}
+        for name in self.padding.keys() - ready.keys():
+            ready[name] = np.full(ids.shape, int(name == "attention_mask"), dtype=np.int64)
+        return OnnxRows(ready, np.full(ids.shape[0], ids.shape[1]), self._no_answers(len(ids)))
+
     def join(self, parts: Sequence[tuple[OnnxRows, Sequence[int]]]) -> OnnxRows:
         """One batch of rows of several, no longer than these rows need."""
         chosen = [rows.select(np.asarray(positions)) for rows, positions in parts]
@@ -144,8 +164,9 @@ class OnnxStages:
     def _leaves(self, index: int, answers: RowAnswers) -> np.ndarray:
         assert self.policy is not None, "without a policy no row leaves early"
         logits = answers.logits[:, : index + 1]
-        count = int(np.isnan(logits[:, -1]).any(axis=-1).sum())
-        if count:
+        is_nan = np.isnan(logits[:, -1])
+        if is_nan.any():
+            count = int(is_nan.any(axis=-1).sum())
             warn_caller(
                 f"the exit after layer {self.config.exit_layers[index]} gave NaN for {count} of {len(logits)} rows. "
                 "They are never counted as sure and went on."
@@ -159,6 +180,16 @@ class OnnxStages:
         logits = np.full((rows, exits, self.config.num_labels), np.nan, dtype=np.float32)
         certainty = None if self.config.certainty_ranges is None else np.full((rows, exits), np.nan, dtype=np.float32)
         return RowAnswers(logits, np.full(rows, exits - 1, dtype=np.int64), certainty)
+
+
+def _is_ready(array: Any, shape: tuple[int, ...], least: int, limit: int) -> bool:
+    return (
+        isinstance(array, np.ndarray)
+        and array.dtype == np.int64
+        and array.shape == shape
+        and array.min() >= least
+        and array.max() < limit
+    )
 
 
 def _parted(index: int, leaves: np.ndarray, rows: OnnxRows) -> StageResult[OnnxRows, RowAnswers]:
