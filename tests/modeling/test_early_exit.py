@@ -185,6 +185,7 @@ def test_training_mode_computes_every_exit():
 
 BAD_CALLS = [
     ({"exit_thresholds": [0.5]}, "exit_thresholds must have 2 entries"),
+    ({"exit_thresholds": [0.5, 0.5, 0.5]}, "exit_thresholds must have 2 entries"),
     ({"exit_thresholds": 1.5}, "probability from 0 to 1"),
     ({"exit_thresholds": torch.tensor([0.5, 0.5])}, "exit_thresholds must be a list"),
     ({"exit_at": 3}, r"exit_at must be one of exit_layers=\[1, 2, 4\]"),
