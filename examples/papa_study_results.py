@@ -27,8 +27,9 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 def write_page(folder: Path) -> str:
     """Writes results.md, results.json and the figures into `page/`; returns the words."""
-    parts = [read_part(path.parent) for path in sorted(folder.glob("parts/*/*/part.json"))]
-    parts = [part for part in parts if part["scores"]]
+    # A part that was stopped before its heads were ranked has nothing to show.
+    ranked = [path.parent for path in sorted(folder.glob("parts/*/*/head_ranking.json"))]
+    parts = [part for part in map(read_part, ranked) if part["scores"]]
     timing_file = folder / "timing.json"
     timing = json.loads(timing_file.read_text(encoding="utf-8")) if timing_file.exists() else None
     words = page(parts, timing)
