@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hf_adaptive.modeling.criteria import CRITERIA, Evidence, ThresholdPolicy
+from hf_adaptive.modeling.exit_profile import DOUBTS, cells
 from tests import tiny
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
@@ -141,6 +142,13 @@ def test_thresholds_that_can_be_and_cannot(name, good, bad):
     for threshold in [*bad, True, "0.5"]:
         with pytest.raises(ValueError, match=r"exit_thresholds.* must be"):
             model(**tiny.batch(), exit_thresholds=[threshold, None])
+
+
+@pytest.mark.parametrize("name", ["confidence", "entropy", "learned"])
+def test_rows_of_little_doubt_are_counted_before_those_of_much(name):
+    logits, certainty = np.array([[[9.0, 0.0, 0.0]], [[0.1, 0.0, 0.0]]], dtype=np.float32), np.array([[0.99], [0.1]])
+    sure, unsure = cells(logits, np.array([0, 0]), certainty, tiny.config(exit_criterion=name)).tolist()
+    assert 0 <= sure < unsure < DOUBTS
 
 
 @pytest.mark.parametrize(
