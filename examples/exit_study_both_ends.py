@@ -272,7 +272,8 @@ def draw(task: Values, path: Any) -> None:
         axes.axvline(1, color="#7F7F7F", linewidth=0.8, linestyle=":")
         axes.set_xlabel("cost: fraction of the layers run, branches passed among them")
         axes.set_ylabel("accuracy, %")
-        axes.set_title(f"{task['task']}, mean over {len(task['seeds'])} seeds with 95 % bands (what is far below is cut off)")
+        seeds = len(task["seeds"])
+        axes.set_title(f"{task['task']}, mean over {seeds} seeds with 95 % bands (what is far below is cut off)")
         axes.legend(frameon=False)
         figure.savefig(path, format="svg", metadata={"Date": None})
 
