@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 SECOND_PYTHON ?= $(shell .ci/second-python)
 ONNX_TESTS := tests/deployment tests/modeling/test_export.py tests/calibration/test_reference.py \
-	tests/serving/test_engine.py tests/test_compare_deployments.py tests/test_documents.py
+	tests/serving/test_engine.py tests/test_malformed_arguments.py tests/test_compare_deployments.py tests/test_documents.py
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test test-lowest test-onnx test-second lint package clean

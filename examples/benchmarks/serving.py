@@ -298,7 +298,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
         for kind, axes in zip(kinds, row):
             _lines(axes, found, kind, percentile)
     for kind, axes in zip(kinds, rows[0]):
-        axes.set_title(f"{kind} arrivals", pad=32)
+        axes.set_title(f"arrivals: {kind}", pad=42)
     for axes in rows[1]:
         axes.set_xlabel("requests a second")
     rows[0][0].set_ylabel("99th percentile of latency, ms")
@@ -327,8 +327,8 @@ def _lines(axes: Any, found: dict[str, Any], kind: str, percentile: str) -> None
         best = max_rate(points, limit)
         if best and percentile == "p99_ms":
             axes.axvline(best, color=colour, linewidth=0.8, linestyle=":")
-            # On two levels: rates of two contenders may be close.
-            level = 1.02 + 0.05 * (place % 2)
+            # On three levels: rates of contenders may be close.
+            level = 1.02 + 0.05 * (place % 3)
             axes.annotate(f"{best:.0f}/s", (best, level), xycoords=("data", "axes fraction"), color=colour, fontsize=8)
     if percentile == "p99_ms":
         axes.axhline(limit, color="black", linewidth=0.8, label=f"limit: {LIMIT:g} × one text, plain")
