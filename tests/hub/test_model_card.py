@@ -175,8 +175,8 @@ def test_a_folder_that_looks_like_a_name_on_the_hub_is_none(model, tmp_path, mon
 
 @pytest.mark.parametrize(("repo_id", "is_folder"), [("quickstart", True), ("/data/sst2", True), ("me/sst2", False)])
 def test_code_that_names_a_folder_says_so(model, repo_id, is_folder):
-    card = str(model_card(model, repo_id=repo_id))
-    assert (f'In the code, "{repo_id}" is the folder that this card lies in' in card) == is_folder
+    code = snippets(model_card(model, repo_id=repo_id))[0]
+    assert (f'# "{repo_id}" is the folder that this card lies in' in code) == is_folder
 
 
 def test_a_model_is_not_its_own_base(model):
