@@ -70,7 +70,7 @@ class Size:
 
 
 FULL = Size("mpnet", [1, 4, 6, 12], [3, 6, 9, 12], 1024, 2048, 512, 6, 32, 1_000_000, 5, bert_is_random=True)
-QUICK = Size("minilm", [1, 2, 4, 6], None, 512, 512, 128, 2, 16, 20_000, 2, bert_is_random=False)
+QUICK = Size("minilm", [1, 2, 4, 6], None, 512, 512, 128, 2, 16, 50_000, 2, bert_is_random=False)
 
 
 class Workload:
