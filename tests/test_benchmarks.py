@@ -117,7 +117,7 @@ def test_memory_is_compared_with_joint_training(flags, tmp_path, monkeypatch):
 
 def test_memory_of_many_rows_is_compared_with_the_rows_and_with_that_of_fewer(flags, measured, tmp_path, monkeypatch):
     def peak(job):
-        return {"rows": 10.0, "answers": 2.0, "window": 1.0, "rise": 3.0 if job["rows"] == 20_000 else 2.0}
+        return {"rows": 10.0, "answers": 2.0, "window": 1.0, "rise": 3.0 if job["rows"] == 50_000 else 2.0}
 
     monkeypatch.setattr(many_rows, "_measured", peak)
     (checkpoint,) = (measured[0] / "models").glob("*-exits-1-2-4")
