@@ -23,6 +23,7 @@ from exit_study_figures import RC
 from exit_study_results import Values, curve_points, interval, median_seconds, percent, points, table, timed_runs
 from hf_adaptive.files import write_whole
 from study_curves import interpolate, mean_band
+from study_files import write_json
 
 # What could become the recipe; seeds are those of the first.
 CANDIDATES = ("joint+branch+distilled", "joint+branch", "sweet+branch")
@@ -49,8 +50,7 @@ def main() -> None:
     timing = study / "timing.json"
     timing = json.loads(timing.read_text(encoding="utf-8")) if timing.exists() else {"points": []}
     folder.mkdir(parents=True, exist_ok=True)
-    content = json.dumps({"settings": settings, "tasks": tasks, "timing": timing}, indent=1) + "\n"
-    write_whole(folder / "results.json", lambda draft: Path(draft).write_text(content, encoding="utf-8"))
+    write_json(folder / "results.json", {"settings": settings, "tasks": tasks, "timing": timing})
     for task in tasks:
         write_whole(folder / f"curves-{task['task']}.svg", lambda draft, task=task: draw(task, draft))
     words = page(settings, tasks, timing)

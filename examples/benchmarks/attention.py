@@ -1,17 +1,13 @@
 """Rows on constant heads beside attention as it is: time and memory of layers of a BERT base with random weights."""
 
 import copy
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
-from measuring import Spread, measure_in_turn, medians, ratio
+from measuring import Spread, measure_in_turn, measured_alone, medians, ratio
 from results import Result, Target
 from tqdm.auto import tqdm
-from training import ALLOCATOR, PROBE
+from training import PROBE
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from workload import Workload
 
@@ -88,9 +84,7 @@ def _peak(workload: Workload, name: str, length: int) -> float:
         "rows": TOKENS // length,
         "length": length,
     }
-    command = [sys.executable, str(PROBE), json.dumps(job)]
-    done = subprocess.run(command, env={**os.environ, **ALLOCATOR}, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])["whole"]
+    return measured_alone(PROBE, job)["whole"]
 
 
 class BatchRun:

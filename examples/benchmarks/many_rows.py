@@ -6,10 +6,7 @@ The classifier is a tiny one with random weights: what is asked is what the libr
 """
 
 import json
-import os
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +15,9 @@ import pyarrow
 import torch
 from datasets import Dataset
 from inference import WARM_UP_TEXTS
-from measuring import Spread, measure_in_turn, medians, ratio
+from measuring import Spread, measure_in_turn, measured_alone, medians, ratio
 from memory_probe import ProcessMemory
 from results import Result, Target
-from training import ALLOCATOR
 from workload import Workload
 
 from hf_adaptive import BertForSequenceClassificationWithExits, BertWithExitsConfig
@@ -79,10 +75,7 @@ def _stream_beside_predict(workload: Workload) -> Result:
 
 def _measured(job: dict[str, Any]) -> dict[str, float]:
     # oneDNN keeps kernels of shapes that it has seen, up to a number: they would be counted for the rows.
-    environment = {**os.environ, **ALLOCATOR, "OMP_NUM_THREADS": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1"}
-    command = [sys.executable, str(Path(__file__)), json.dumps(job)]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    return measured_alone(Path(__file__), job, OMP_NUM_THREADS="1", ONEDNN_PRIMITIVE_CACHE_CAPACITY="1")
 
 
 def main() -> None:
@@ -96,14 +89,13 @@ def main() -> None:
     # What making the texts left behind would else be given back meanwhile.
     pyarrow.default_memory_pool().release_unused()
     memory.start()
-    started = time.process_time()
     run(model, examples)
-    seconds, rise = time.process_time() - started, memory.rise() / 1000
+    rise = memory.rise() / 1000
     # Of each row: the exit taken, its scores, and those of every exit.
     answers = job["rows"] * (8 + 4 * model.config.num_labels * (1 + len(model.config.exit_layers))) / 1e6
     own = examples.data.nbytes / 1e6
     window = own * WINDOW / job["rows"]
-    print(json.dumps({"rows": own, "answers": answers, "window": window, "rise": rise, "seconds": seconds}))
+    print(json.dumps({"rows": own, "answers": answers, "window": window, "rise": rise}))
 
 
 def classifier() -> Any:

@@ -1,8 +1,11 @@
 """Seconds of alternatives that run in turn (A B A B …) in one process, their ratio and its spread, and the machine."""
 
+import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +19,8 @@ from tqdm.auto import tqdm
 import hf_adaptive
 
 Run = Callable[[], object]
+# What is freed goes back to the system at once, so that a process's memory is what is in use.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,20 @@ def wait_for(device: torch.device) -> None:
 def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """The middle of each run's seconds."""
     return {f"{name}, seconds": statistics.median(values) for name, values in seconds.items()}
+
+
+def measured_alone(script: Path, job: Mapping[str, Any], **environment: str) -> dict[str, float]:
+    """What a script prints of a job, as JSON in its last line, in a process of its own.
+
+    Args:
+        script (`Path`): What is run.
+        job (`Mapping[str, Any]`): Its only argument, as JSON.
+        **environment (`str`): Variables that the process is given beside those of `ALLOCATOR`.
+    """
+    command = [sys.executable, str(script), json.dumps(job)]
+    variables = {**os.environ, **ALLOCATOR, **environment}
+    done = subprocess.run(command, env=variables, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:

@@ -1,16 +1,12 @@
 """The rows on training: SWEET's step beside plain fine-tuning and its memory beside joint training; and both, of exits
 with branches and distillation, beside plain fine-tuning."""
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import Spread, measure_in_turn, medians, ratio
+from measuring import Spread, measure_in_turn, measured_alone, medians, ratio
 from results import Result, Target
 from runs import in_batches
 from tqdm.auto import tqdm
@@ -21,8 +17,6 @@ from hf_adaptive import ExitDistillation
 from hf_adaptive.modeling.losses import exits_loss
 
 PROBE = Path(__file__).parent / "memory_probe.py"
-# What is freed goes back to the system at once, so that the process's memory is what is in use.
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 ROUTINGS = {
     "SWEET": {"exit_routing": "sweet"},
     "ordinary SWEET (exit_local_gradients=False)": {"exit_routing": "sweet", "exit_local_gradients": False},
@@ -185,9 +179,7 @@ def _peak(workload: Workload, exit_layers: Sequence[int], fields: dict[str, Any]
         "rows": workload.size.memory_rows,
         "length": workload.longest,
     }
-    command = [sys.executable, str(PROBE), json.dumps(job)]
-    done = subprocess.run(command, env={**os.environ, **ALLOCATOR}, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    return measured_alone(PROBE, job)
 
 
 def _text(exit_layers: Sequence[int]) -> str:

@@ -170,7 +170,7 @@ class LengthSortedBatches:
         self._shares = Shares(lengths, device, is_alone)
         # In few bytes: for short texts, numbers of eight bytes are much beside the texts themselves.
         self._order = lengths.argsort(descending=True, stable=True).to(torch.int32)
-        self._own = self._order if self._shares.are_all else self._order[self._shares.own()]
+        self._own = self._order[self._shares.own()]
 
     def __len__(self) -> int:
         return len(self._own)

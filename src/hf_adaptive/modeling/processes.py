@@ -37,14 +37,15 @@ class Shares:
         """Whether this process has every item."""
         return self._state is None
 
-    def own(self) -> torch.Tensor:
+    def own(self) -> torch.Tensor | slice:
         """Indexes of this process's items: every n-th, so that shares of sorted items are alike.
 
         Returns:
-            `torch.LongTensor`: Of one length in every process, for which some have an item that another one has, too.
+            `torch.LongTensor`: Of one length in every process, for which some have an item that another one has, too;
+            or the slice of all items, which takes no memory.
         """
         if self._state is None:
-            return torch.arange(self.count)
+            return slice(None)
         processes = self._state.num_processes
         padded = -(-self.count // processes) * processes
         return torch.arange(self._state.process_index, padded, processes) % self.count

@@ -10,12 +10,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-STATE_FILE = "trainer_state.json"
 _NUMBERED = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
 
@@ -26,7 +26,7 @@ def is_whole(checkpoint: str | os.PathLike[str]) -> bool:
         checkpoint (`str` or `os.PathLike`): Its folder.
     """
     try:
-        json.loads(Path(checkpoint, STATE_FILE).read_text(encoding="utf-8"))
+        json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):  # there is none, or it breaks off
         return False
     return True
@@ -34,7 +34,7 @@ def is_whole(checkpoint: str | os.PathLike[str]) -> bool:
 
 def begin_writing(checkpoint: str | os.PathLike[str]) -> None:
     """Makes a checkpoint that will be written over count as broken off until it is whole again."""
-    Path(checkpoint, STATE_FILE).unlink(missing_ok=True)
+    Path(checkpoint, TRAINER_STATE_NAME).unlink(missing_ok=True)
 
 
 def last_whole_checkpoint(folder: str | os.PathLike[str]) -> str:
@@ -71,8 +71,8 @@ def check_whole(checkpoint: Any) -> None:
         )
     if not is_whole(checkpoint):
         raise ValueError(
-            f"resume_from_checkpoint={str(checkpoint)!r} has no {STATE_FILE} that can be read, which is written last: "
-            "this is no checkpoint, or a save of it was broken off. Name another, or give "
+            f"resume_from_checkpoint={str(checkpoint)!r} has no {TRAINER_STATE_NAME} that can be read, which is "
+            "written last: this is no checkpoint, or a save of it was broken off. Name another, or give "
             "resume_from_checkpoint=True for the last whole one of the output folder."
         )
 
