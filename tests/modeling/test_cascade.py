@@ -222,6 +222,12 @@ def test_new_classifiers_of_members_differ(tmp_path, warnings_given):
     assert any("never trained" in text for text in warnings_given())
 
 
+def test_depths_may_be_anything_that_gives_them(tmp_path):
+    tiny.plain_model("bert", "Model").save_pretrained(tmp_path)
+    model = CascadeForSequenceClassification.from_backbone(tmp_path, depths=iter([1, 2]))
+    assert model.config.exit_layers == [1, 2]
+
+
 def test_members_share_nothing(tmp_path):
     tiny.plain_model("bert").save_pretrained(tmp_path)
     model = CascadeForSequenceClassification.from_backbone(tmp_path, depths=DEPTHS, num_labels=3)

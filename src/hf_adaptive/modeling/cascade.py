@@ -117,6 +117,7 @@ class CascadeForSequenceClassification(
             OSError: Files that are missing, damaged or no safetensors.
         """
         fields = _pop_fields(cls, kwargs)
+        depths = as_list("depths", depths)
         path = pretrained_model_name_or_path
         architecture = supported_architecture(str(checkpoint_model_type(path, **kwargs)))
         if architecture.head.classifier is None:

@@ -1,7 +1,7 @@
 """The members of a cascade: stock classifiers, how they are made, called and checked."""
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,9 +91,9 @@ def as_list(name: str, values: Any) -> list[Any]:
     return list(values)
 
 
-def check_depths(depths: Sequence[int], config: PreTrainedConfig, architecture: Architecture) -> None:
+def check_depths(depths: list[int], config: PreTrainedConfig, architecture: Architecture) -> None:
     """A `ValueError` for depths that cannot be taken from a model."""
-    depths, num_layers = as_list("depths", depths), config.num_hidden_layers
+    num_layers = config.num_hidden_layers
     # The last member may be smaller than the model.
     is_smaller = bool(depths) and is_whole_number(depths[-1]) and 0 < depths[-1] < num_layers
     largest = depths[-1] if is_smaller else num_layers
