@@ -34,9 +34,12 @@ LONGEST = (
     "test_remote_code",
 )
 
+VERBOSITY = transformers_logging.get_verbosity()
+
 torch.set_num_threads(1)
-# A slow machine is no failure.
-hypothesis.settings.register_profile("tests", deadline=None)
+# A slow machine is no failure, and the same examples every time; `--hypothesis-profile explore` looks for others.
+hypothesis.settings.register_profile("explore", deadline=None)
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("tests")
 
 
@@ -56,6 +59,15 @@ def _imports_are_no_garbage():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _what_is_said_is_left_as_it_was():
+    """A script in this process silences transformers; whoever calls it without `run_here` is told here."""
+    yield
+    left = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(VERBOSITY)
+    assert left == VERBOSITY, "transformers says less, or more, than before this test: call scripts by `run_here`"
 
 
 @pytest.fixture

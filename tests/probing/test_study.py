@@ -1,7 +1,6 @@
 """The study of examples/run_papa.py, on a tiny model."""
 
 import json
-import sys
 
 import pytest
 import torch
@@ -12,16 +11,16 @@ import papa_study_parts
 import papa_study_results
 import run_papa
 from tests import tiny
+from tests.scripts import run_here
 
 FIGURES = {"scores.svg", "heads-model.png", "constants-model.png"}
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path):
     """A tiny checkpoint, and three tasks of random sentences."""
     tiny.plain_model("bert", "Model").save_pretrained(tmp_path / "model")
     tiny.tokenizer().save_pretrained(tmp_path / "model")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     for task in ("texts", "words", "pairs"):
         (tmp_path / task).mkdir()
         for split, count in (("train", 60), ("test", 20)):
@@ -30,7 +29,7 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def run(folder, monkeypatch):
+def run(folder):
     """Runs the study; returns its results."""
 
     def run(*tasks, **flags):
@@ -49,10 +48,9 @@ def run(folder, monkeypatch):
         words = [
             word
             for name, value in flags.items()
-            for word in (f"--{name}", *(map(str, value) if isinstance(value, tuple) else [str(value)]))
+            for word in (f"--{name}", *(value if isinstance(value, tuple) else [value]))
         ]
-        monkeypatch.setattr(sys, "argv", ["run_papa.py", *words])
-        run_papa.main()
+        run_here("run_papa", *words, folder=folder)
         return json.loads((folder / "out" / "page" / "results.json").read_text())
 
     return run
