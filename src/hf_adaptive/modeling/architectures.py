@@ -58,6 +58,7 @@ class Architecture:
         positions_from_mask (`bool`): Whether the backbone adds learned positions that it counts from the first token
             on, padding or not, although it is padded on the left (GPT-2). They are then counted from the first real
             token on, so that such a row gets the answer that it gets alone.
+        probe_has_dropout (`bool`): Whether a PAPA probe's classifier has the dropout of this architecture's head.
         model_arguments (`dict`): Keyword arguments of the backbone's constructor.
         forward_arguments (`dict`): Keyword arguments of the backbone's forward.
         source (`ModuleType`): The module that holds the classes.
