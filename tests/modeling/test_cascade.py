@@ -604,6 +604,19 @@ def test_every_member_is_resized_and_saved_so(tmp_path):
     torch.testing.assert_close(loaded(**inputs).exit_logits, model.eval()(**inputs).exit_logits)
 
 
+def test_the_vocabulary_is_that_of_the_members(tmp_path):
+    model = cascade()
+    assert model.config.vocab_size == tiny.VOCABULARY
+    model.resize_token_embeddings(tiny.VOCABULARY + 6)
+    assert model.config.vocab_size == tiny.VOCABULARY + 6
+    model.save_pretrained(tmp_path)
+    assert "vocab_size" not in json.loads((tmp_path / "config.json").read_text())
+    assert CascadeConfig.from_pretrained(tmp_path).vocab_size == tiny.VOCABULARY + 6
+    with pytest.raises(ValueError, match=r"vocab_size=99 .* its members have it, 70.*resize_token_embeddings"):
+        CascadeForSequenceClassification.from_pretrained(tmp_path, vocab_size=99)
+    assert CascadeConfig().vocab_size is None
+
+
 def test_members_that_were_resized_one_by_one(tmp_path):
     model = cascade()
     for member in model.members[:2]:

@@ -8,7 +8,7 @@ from datasets import Dataset
 from torch.nn import functional
 from transformers import DataCollatorWithPadding
 
-from hf_adaptive import ExitDistillation, ExitsTrainer, add_teacher_logits
+from hf_adaptive import CascadeForSequenceClassification, ExitDistillation, ExitsTrainer, add_teacher_logits
 from tests import tiny
 from tests.training.test_trainer import ROWS, KeepsGradients, Rows, trainer
 
@@ -154,6 +154,26 @@ def test_a_teacher_model_and_its_logits_in_the_data_teach_alike(tmp_path):
     found = gradients(tmp_path, tiny.without_dropout(), column, rows=LabelledRows(scores=logits))
     assert_same_gradients(found, expected)
     assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def cascade(**fields):
+    none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, **fields}
+    return CascadeForSequenceClassification.from_models(
+        [tiny.plain_model("bert", num_hidden_layers=depth, **none) for depth in (1, 2, 4)]
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "teacher"), [(cascade, tiny.plain_model), (tiny.without_dropout, cascade), (cascade, cascade)]
+)
+def test_a_cascade_learns_and_teaches(model, teacher, tmp_path):
+    taught_by = teacher()
+    with torch.no_grad():
+        logits = taught_by(**Rows().inputs).logits
+    expected = expected_gradients(model(), divergence, teacher=logits)
+    assert_same_gradients(gradients(tmp_path, model(), ExitDistillation(WEIGHT, TEMPERATURE, taught_by)), expected)
+    with pytest.raises(ValueError, match="vocab_size=99, the model 64: they read different tokens"):
+        distilling(tmp_path, model(), ExitDistillation(teacher=teacher(vocab_size=99)))
 
 
 def test_a_data_set_with_the_teacher_s_column_trains_and_is_evaluated(tmp_path):

@@ -75,6 +75,19 @@ class _CascadeFields(DecisionsConfigMixin):
         return configs
 
     @property
+    def vocab_size(self) -> int | None:
+        """How many tokens the members know: one tokenizer makes the input of all."""
+        sizes = (member.get("vocab_size") for member in self.members or [])
+        return next((size for size in sizes if size is not None), None)
+
+    @vocab_size.setter
+    def vocab_size(self, value: Any) -> None:
+        raise ValueError(
+            f"vocab_size={value!r} cannot be given to a cascade: its members have it, {self.vocab_size}. Change that "
+            "of all with model.resize_token_embeddings(...), and save the model."
+        )
+
+    @property
     def counts_positions(self) -> bool:
         """Whether padding on the left has to stay when a batch shrinks: each member counts positions anew."""
         return True
