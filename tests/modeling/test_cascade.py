@@ -1,6 +1,7 @@
 """Multi-model cascades: one checkpoint, rows answered by the first model that is sure."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -8,7 +9,14 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    GptOssConfig,
+    GptOssForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.integrations.neftune import activate_neftune, deactivate_neftune
 
 import hf_adaptive
@@ -277,6 +285,41 @@ def test_mixed_members_load_in_any_type_and_attention(tmp_path):
     half = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
     assert half(**inputs).exit_logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_no_layer_of_a_member_is_spread_over_two_places(name, tmp_path):
+    model, inputs = CASCADES[name], tiny.batch()
+    model.save_pretrained(tmp_path / "cascade")
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    maps = []
+    for share in (0.5, 0.7, 0.9):
+        spread = AutoModelForSequenceClassification.from_pretrained(
+            tmp_path / "cascade",
+            device_map="auto",
+            max_memory={"cpu": int(share * size)},
+            offload_folder=tmp_path / "offloaded",
+        )
+        maps.append(spread.hf_device_map)
+        torch.testing.assert_close(spread(**inputs).exit_logits, model(**inputs).exit_logits, atol=1e-5, rtol=1e-4)
+    parts = [part for places in maps for part in places]
+    assert any(re.search(r"layer\.\d+$", part) for part in parts)
+    assert not [part for part in parts if re.search(r"layer\.\d+\.", part)]
+
+
+def test_members_keep_in_float32_what_they_would_alone(tmp_path):
+    sizes = {"intermediate_size": 16, "num_key_value_heads": 1, "num_local_experts": 2, "num_experts_per_tok": 1}
+    fields = {**architectures.fields("llama"), **sizes}
+    stock = [GptOssForSequenceClassification(GptOssConfig(**{**fields, "num_hidden_layers": n})) for n in (1, 2)]
+    stock[1].save_pretrained(tmp_path / "stock")
+    CascadeForSequenceClassification.from_models(stock).save_pretrained(tmp_path / "cascade")
+    alone, together = (
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / name, dtype=torch.float16)
+        for name in ("stock", "cascade")
+    )
+    expected = {name: parameter.dtype for name, parameter in alone.named_parameters()}
+    assert set(expected.values()) == {torch.float16, torch.float32}
+    assert {name: parameter.dtype for name, parameter in together.members[1].named_parameters()} == expected
 
 
 def test_labels_and_fields_can_be_changed_at_loading(tmp_path):

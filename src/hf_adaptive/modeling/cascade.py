@@ -40,6 +40,14 @@ from .weight_files import LoadsSafetensors, safetensors_only
 
 logger = logging.get_logger(__name__)
 
+# How a model may be spread over devices, and what of it stays float32. transformers asks a model's children, but the
+# members are children of a list.
+_SAID_BY_MEMBERS = (
+    "_no_split_modules",
+    "_skip_keys_device_placement",
+    "_keep_in_fp32_modules",
+    "_keep_in_fp32_modules_strict",
+)
 _MADE_BY = "CascadeForSequenceClassification.from_backbone(path, depths=[...]) or from_models([...])"
 
 
@@ -76,6 +84,8 @@ class CascadeForSequenceClassification(
         self.members = nn.ModuleList(new_member(member, attention) for member in config.member_configs())
         self._exits_are_untrained = True
         config.keys_to_ignore_at_inference = ["exit_logits", "exit_index"]
+        for name in _SAID_BY_MEMBERS:
+            setattr(self, name, set().union(*(getattr(member, name) for member in self.members)))
         self.post_init()
 
     @classmethod
