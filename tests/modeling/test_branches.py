@@ -293,6 +293,21 @@ def test_a_report_and_a_calibration_count_the_branches():
     assert found.choice.measured.mean_cost <= 0.6
 
 
+@pytest.mark.parametrize(("place", "layers_run"), [(0, 1), (1, 2)])
+def test_a_report_leaves_out_the_branch_of_an_exit_that_answers_nothing(place, layers_run):
+    """Rows that go on have run all layers of the trunk and one branch, whichever of the two it is."""
+    own = architectures.model("bert", exit_branch_layers=1)
+    own.config.exit_thresholds = [None, None]
+    own.config.exit_thresholds[place] = tiny.thresholds_between(own, INPUTS)[place]
+    examples = [{**example, "labels": 0} for example in examples_of(INPUTS)]
+    report = evaluate_exits(own, examples, thresholds=[0.0], timed_examples=0, show_progress=False)
+    left = (own(**INPUTS).exit_index == place).sum().item()
+    assert 0 < left < ROWS
+    assert report.chosen.exit_distribution[place] == pytest.approx(left / ROWS)
+    layers = left * layers_run + (ROWS - left) * (LAYERS + 1)
+    assert report.chosen.cost == pytest.approx(layers / (ROWS * LAYERS))
+
+
 def test_a_wish_is_not_granted_at_more_than_the_last_exit_s_own_cost():
     """Branches that most rows pass: cheaper than running everything is not cheap enough."""
     scores = torch.tensor([[0.9, 0.1, 1.0]] + [[0.1, 0.1, 1.0]] * 3)
