@@ -697,5 +697,8 @@ def test_what_only_members_have_is_refused(name):
 
 def test_one_table_for_all_members_is_refused():
     model = cascade()
+    states = model.members[0].get_input_embeddings()(tiny.batch()["input_ids"])
+    with pytest.raises(ValueError, match=r"inputs_embeds cannot be given to a cascade.*Give input_ids"):
+        model(inputs_embeds=states)
     with pytest.raises(ValueError, match="share no weights"):
         model.set_input_embeddings(model.members[0].get_input_embeddings())

@@ -176,10 +176,11 @@ class CascadeForSequenceClassification(
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.Tensor | None = None,
         exit_thresholds: list[float | None] | float | None = None,
         exit_at: int | None = None,
@@ -194,6 +195,7 @@ class CascadeForSequenceClassification(
             token_type_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): Segment of each token, for the
                 members that have segments.
             position_ids (`torch.LongTensor` of shape `(batch, length)` or `(1, length)`, *optional*): Positions.
+            inputs_embeds (`torch.FloatTensor`, *optional*): Refused: each member has its own embeddings.
             labels (`torch.Tensor` of shape `(batch,)` or `(batch, labels)`, *optional*): By problem type.
             exit_thresholds (`list[float | None]` or `float`, *optional*): Instead of those in the configuration.
                 Evaluation mode only. None for a member: it answers nothing.
@@ -202,10 +204,11 @@ class CascadeForSequenceClassification(
             output_hidden_states, output_attentions (`bool`, *optional*): Refused: each member has its own.
 
         Raises:
-            ValueError: Empty batch; thresholds, `exit_at` or labels that cannot be used; hidden states or attentions.
+            ValueError: Empty batch; thresholds, `exit_at` or labels that cannot be used; embeddings, hidden states or
+                attentions.
         """
         self.config.check_before_use()
-        self._refuse_insides(output_hidden_states, output_attentions)
+        self._refuse_insides(inputs_embeds, output_hidden_states, output_attentions)
         named = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -224,7 +227,14 @@ class CascadeForSequenceClassification(
             exit_index=answers.exit_index,
         )
 
-    def _refuse_insides(self, output_hidden_states: bool | None, output_attentions: bool | None) -> None:
+    def _refuse_insides(
+        self, inputs_embeds: Any, output_hidden_states: bool | None, output_attentions: bool | None
+    ) -> None:
+        if inputs_embeds is not None:
+            raise ValueError(
+                "inputs_embeds cannot be given to a cascade: each of its models has embeddings of its own. Give "
+                "input_ids, or ask one of them: cascade.members[0](inputs_embeds=...)."
+            )
         asked = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         for name, value in asked.items():
             if getattr(self.config, name) if value is None else value:
