@@ -230,6 +230,7 @@ def save(trainer: ExitsTrainer, demo: Demo, dataset: str) -> Path:
         trainer.report,
         repo_id=folder.name,
         dataset_name=dataset,
+        language="en" if dataset in SENTENCES else None,
         plot_file=PLOT_FILE,
         # Of your own texts none is published.
         widget=SENTENCES.get(dataset),

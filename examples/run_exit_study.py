@@ -687,10 +687,16 @@ class Study:
                 repo_id=f"{run.task}-{run.method}",
                 base_model=self.arguments.model,
                 dataset_name=run.task,
+                training=self._reproduction(run, content),
             )
             with replaced_files(own, "README.md") as new:
                 write_model_card(card, new)
                 report.plot(new / "exits.png")
+
+    def _reproduction(self, run: Run, content: dict[str, Any]) -> dict[str, Any]:
+        settings = self._settings()
+        learning = {name: settings[name] for name in LEARNING if settings[name] is not None}
+        return {**learning, "seed": run.seed, "training examples": content["train_examples"]}
 
     # Before any run
 

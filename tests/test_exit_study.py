@@ -142,6 +142,7 @@ def test_numbers_on_the_cards_are_of_the_json(whole, folder):
     card = (folder / "cards" / "toy-multi-model" / "README.md").read_text()
     for score in run["report"]["accuracy"]:
         assert f"| {score:.4f} |" in card
+    assert "| training examples |" in card
     assert (folder / "cards" / "toy-multi-model" / "exits.png").exists()
     assert (folder / "cards" / "pairs-sweet" / "cls" / "README.md").exists()
 
