@@ -415,11 +415,9 @@ class ExitsMixin(
         if self.training and self.config.exit_routing == "disjoint" and not head.branch:
             hidden = hidden.detach()
         mask = None if inputs.mask is None else inputs.mask.to(hidden.device)
-        pooled = head.pool(hidden, self.config.exit_pooling, mask)
-        logits = head.classifier(pooled)
-        if self.config.exit_temperatures is not None:
-            logits = logits / self.config.exit_temperatures[index]
-        return ExitAnswer(logits, None if head.certainty is None else head.certainty(pooled))
+        logits, certainty = head(hidden, self.config.exit_pooling, mask)
+        temperatures = self.config.exit_temperatures
+        return ExitAnswer(logits if temperatures is None else logits / temperatures[index], certainty)
 
     # Leaving early
 

@@ -97,6 +97,20 @@ class ExitHead(nn.Module):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels, bias=head.classifier_bias(config))
         self.certainty = CertaintyUnit(config.hidden_size) if config.exit_criterion == "learned" else None
 
+    def forward(
+        self, hidden: torch.Tensor, pooling: str, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the exit says after the layers of its branch.
+
+        Args:
+            hidden, pooling, mask: As in `pool`.
+
+        Returns:
+            The logits, `torch.Tensor` of shape `(rows, labels)`; and what the learned unit says, `(rows,)`, or None.
+        """
+        pooled = self.pool(hidden, pooling, mask)
+        return self.classifier(pooled), None if self.certainty is None else self.certainty(pooled)
+
     def pool(self, hidden: torch.Tensor, pooling: str, mask: torch.Tensor | None) -> torch.Tensor:
         """Vector that the classifier sees.
 
