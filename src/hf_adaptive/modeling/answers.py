@@ -102,8 +102,8 @@ class Answers:
     def select(self, rows: Sequence[int]) -> "Answers":
         """The answers to some rows."""
         index = torch.tensor(rows, dtype=torch.long, device=self.logits.device)
-        certainty = None if self.certainty is None else self.certainty[index]
-        return Answers(self.logits[index], self.exit_index[index], certainty)
+        certainty = None if self.certainty is None else self.certainty.index_select(0, index)
+        return Answers(self.logits.index_select(0, index), self.exit_index.index_select(0, index), certainty)
 
     @classmethod
     def joined(cls, parts: Sequence["Answers"]) -> "Answers":
@@ -160,9 +160,8 @@ class Leaving:
         config: The model's configuration.
         policy (`Policy`): When rows leave.
         inputs (`BackboneInputs`): The batch.
-        rows (`torch.LongTensor` of shape `(rows,)`, *optional*): Where the rows stand in `answers`.
-        answers (`Answers`, *optional*): Where to note what the exits say; made when the first exit is reached.
-        total (`int`, *optional*): Rows of `answers`, where they are more than these.
+        answers (`Answers`, *optional*): What the exits before said; what the next ones say is written into it.
+        spans (`torch.LongTensor` of shape `(2, rows)`, *optional*): Those of `inputs`, on the CPU, if they are known.
     """
 
     def __init__(
@@ -170,51 +169,51 @@ class Leaving:
         config: Any,
         policy: Policy,
         inputs: BackboneInputs,
-        rows: torch.Tensor | None = None,
         answers: Answers | None = None,
-        total: int | None = None,
+        spans: torch.Tensor | None = None,
     ):
         self.exit_layers = config.exit_layers
         self.config = config
         self.policy = policy
         self.inputs = inputs
-        self.rows = torch.arange(inputs.rows, device=inputs.device) if rows is None else rows
+        self.rows = torch.arange(inputs.rows, device=inputs.device)
         self.answers = answers
-        self.total = inputs.rows if total is None else total
+        self.spans = inputs.spans().cpu() if spans is None else spans
         self.staying = torch.arange(inputs.rows)
-        self.window = (0, inputs.length)
 
     def answer(self, index: int, answer: ExitAnswer) -> None:
         """Notes what an exit says of the rows still here."""
         answer = answer.to(self.inputs.device)
         if self.answers is None:
-            self.answers = Answers.none_yet(self.total, len(self.exit_layers), answer)
+            self.answers = Answers.none_yet(len(self.rows), len(self.exit_layers), answer)
         self.answers.note(self.rows, index, answer)
 
     def decide(self, index: int) -> None:
-        """Lets rows leave. One transfer from the device tells who stays and how far their tokens reach."""
+        """Lets rows leave. One transfer from the device tells who stays."""
         assert self.answers is not None, "an exit answers before rows leave there"
         evidence = self.answers.evidence(index, self.config, self.rows)
         leaves = self.policy.leaves(index, evidence)
         last = len(self.exit_layers) - 1
         self.answers.exit_index[self.rows] = torch.where(leaves, index, last)
         is_nan = evidence.logits[:, -1].isnan().any(dim=-1)
-        leaves, is_nan, start, stop = torch.stack((leaves.long(), is_nan.long(), *self.inputs.spans())).cpu()
+        leaves, is_nan = torch.stack((leaves, is_nan)).cpu()
         warn_of_nan(self.exit_layers[index], int(is_nan.sum()), len(self.rows))
-        self.staying = (leaves == 0).nonzero().flatten()
-        if len(self.staying):
-            first = 0 if self.config.counts_positions else int(start[self.staying].min())
-            self.window = first, int(stop[self.staying].max())
+        self.staying = (~leaves).nonzero().flatten()
 
     def shrink(self, hidden: torch.Tensor | None) -> torch.Tensor | None:
         """Keeps the rows that stay, without the padding that only rows gone needed; returns their hidden state."""
+        self.spans = self.spans.index_select(1, self.staying)
+        if self.inputs.can_be_trimmed:
+            start, stop = self._window()
+            self.spans = self.spans - start
+            self.inputs = self.inputs.columns(start, stop)
+            hidden = None if hidden is None else hidden[:, start:stop]
         staying = self.staying.to(self.rows.device)
         self.rows = self.rows[staying]
         self.inputs = self.inputs.select(staying)
-        if hidden is not None:
-            hidden = hidden[staying.to(hidden.device)]
-        if not self.inputs.can_be_trimmed:
-            return hidden
-        start, stop = self.window
-        self.inputs = self.inputs.columns(start, stop)
-        return None if hidden is None else hidden[:, start:stop]
+        return None if hidden is None else hidden.index_select(0, self.staying.to(hidden.device))
+
+    def _window(self) -> tuple[int, int]:
+        """The positions that the rows still here need: the first, and one past the last."""
+        start, stop = self.spans
+        return 0 if self.config.counts_positions else int(start.min()), int(stop.max())

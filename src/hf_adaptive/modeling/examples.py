@@ -143,6 +143,9 @@ class TokenisedExamples:
         """
         lengths = self.lengths[rows]
         padded = np.full((len(rows), lengths.max()), padding, dtype=np.int64)
+        if name == "attention_mask" and self.is_whole[rows].all():
+            np.copyto(padded, 1, where=np.arange(padded.shape[1]) < lengths[:, None])
+            return padded
         spans = zip((rows // _WINDOW).tolist(), self._starts[rows].tolist(), lengths.tolist())
         for line, (part, start, length) in zip(padded, spans):
             values = self._values[part].get(name)

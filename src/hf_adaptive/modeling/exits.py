@@ -6,6 +6,7 @@ Rotem et al., ACL 2023 (arXiv 2306.02307): early exit, section 2; SWEET, section
 import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any, cast
 
 import torch
@@ -166,7 +167,7 @@ class ExitsMixin(
 
     @property
     def _layers(self) -> LayerList:
-        return self.base_model.get_submodule(self.architecture.layers)
+        return attrgetter(self.architecture.layers)(self.base_model)
 
     @can_return_tuple
     def forward(
@@ -295,7 +296,8 @@ class ExitsMixin(
 
     def _boundary(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """What a tensor goes through on its way from one segment to the next, or to an exit beside the trunk."""
-        share, is_checkpointed = self._gradient_share, self._is_checkpointed
+        # Without gradients there is no need to look: layers are many, and batches too.
+        share, is_checkpointed = self._gradient_share, torch.is_grad_enabled() and self._is_checkpointed
 
         def across(tensor: torch.Tensor) -> torch.Tensor:
             passed = pass_gradient(tensor, share)

@@ -45,10 +45,10 @@ class BackboneInputs:
         attention_mask = self.tensors.get("attention_mask")
         return attention_mask is not None and attention_mask.dim() == 2
 
-    def select(self, rows: torch.Tensor | slice) -> "BackboneInputs":
+    def select(self, rows: torch.Tensor) -> "BackboneInputs":
         """The inputs of some rows."""
-        mask = None if self.mask is None else self.mask[rows]
-        return BackboneInputs({name: tensor[rows] for name, tensor in self.tensors.items()}, mask)
+        mask = None if self.mask is None else self.mask.index_select(0, rows)
+        return BackboneInputs({name: tensor.index_select(0, rows) for name, tensor in self.tensors.items()}, mask)
 
     def columns(self, start: int, stop: int) -> "BackboneInputs":
         """The inputs at some positions."""

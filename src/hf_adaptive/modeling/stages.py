@@ -109,11 +109,14 @@ class TorchStages:
     @torch.inference_mode()
     def join(self, parts: Sequence[tuple[StagedRows, Sequence[int]]]) -> StagedRows:
         """One batch of rows of several, no longer than these rows need."""
+        chosen = [_Chosen(rows, positions) for rows, positions in parts]
+        first = parts[0][0]
+        if first.progress is None and len(chosen) == 1 and chosen[0].index is None:
+            return first  # as it was started
         lengths = [rows.lengths[position] for rows, positions in parts for position in positions]
         is_whole = [rows.is_whole[position] for rows, positions in parts for position in positions]
         ends = [rows.ends[position] for rows, positions in parts for position in positions]
-        chosen = [_Chosen(rows, positions) for rows, positions in parts]
-        first, length = parts[0][0], max(lengths)
+        length = max(lengths)
         tensors = {
             name: torch.cat([one.padded(one.rows.tensors[name], length, self.padding[name]) for one in chosen])
             for name in first.tensors
@@ -125,7 +128,8 @@ class TorchStages:
         """Runs a batch from a stage on until a row leaves."""
         if self.policy is None:
             return StageResult(list(range(len(batch))), self.run_whole(batch))
-        leaving = Leaving(self.model.config, self.policy, batch.inputs, answers=batch.answers)
+        spans = torch.tensor([[0] * len(batch), batch.lengths])
+        leaving = Leaving(self.model.config, self.policy, batch.inputs, batch.answers, spans)
         progress = self.model._run_until_rows_leave(leaving, batch.progress)
         answers = cast(Answers, leaving.answers)
         if progress is None:
@@ -176,7 +180,7 @@ class _Chosen:
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """Their part of a tensor, batch first, on any device."""
-        return tensor if self.index is None else tensor[self.index.to(tensor.device)]
+        return tensor if self.index is None else tensor.index_select(0, self.index.to(tensor.device))
 
     def padded(self, tensor: torch.Tensor, length: int, value: int) -> torch.Tensor:
         """Their part of a tensor of shape `(rows, length, ...)`, cut or padded to a length."""
