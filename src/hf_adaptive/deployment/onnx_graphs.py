@@ -38,6 +38,9 @@ class StageGraphs:
     Raises:
         ValueError: A provider that this onnxruntime does not have, or a bad number of threads.
         OSError: A graph that cannot be read, or that has other inputs or outputs than it should.
+
+    Attributes:
+        inputs (`list[str]`): What the graphs read of an example.
     """
 
     def __init__(
@@ -49,6 +52,8 @@ class StageGraphs:
     ):
         runtime = needed("onnxruntime")
         self.stages = list(stages)
+        names = dict.fromkeys(name for stage in self.stages for name in stage.inputs)
+        self.inputs = [name for name in names if name not in (STATE, IS_ASKED)]
         chosen = _checked_providers(providers, runtime.get_available_providers())
         options = runtime.SessionOptions()
         options.intra_op_num_threads = _checked_threads(threads)
@@ -64,12 +69,6 @@ class StageGraphs:
     def __len__(self) -> int:
         return len(self.stages)
 
-    @property
-    def inputs(self) -> list[str]:
-        """What the graphs read of an example."""
-        names = dict.fromkeys(name for stage in self.stages for name in stage.inputs)
-        return [name for name in names if name not in (STATE, IS_ASKED)]
-
     def shape(self, index: int, output: str) -> list[Any]:
         """Shape of an output of one graph, as the graph declares it; names stand for what is free."""
         shapes = {each.name: each.shape for each in self._sessions[index].get_outputs()}
@@ -84,8 +83,7 @@ class StageGraphs:
             is_asked (`bool`): Whether what the exit says is wanted; if not, it may have no rows.
         """
         stage = self.stages[index]
-        known = {**arrays, IS_ASKED: np.array(is_asked)}
-        given = {name: known[name] for name in stage.inputs}
+        given = {name: np.array(is_asked) if name == IS_ASKED else arrays[name] for name in stage.inputs}
         return dict(zip(stage.outputs, self._sessions[index].run(stage.outputs, given)))
 
 

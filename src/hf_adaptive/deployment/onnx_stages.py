@@ -164,15 +164,13 @@ class OnnxStages:
     def _leaves(self, index: int, answers: RowAnswers) -> np.ndarray:
         assert self.policy is not None, "without a policy no row leaves early"
         logits = answers.logits[:, : index + 1]
-        is_nan = np.isnan(logits[:, -1])
-        if is_nan.any():
-            count = int(is_nan.any(axis=-1).sum())
-            warn_caller(
-                f"the exit after layer {self.config.exit_layers[index]} gave NaN for {count} of {len(logits)} rows. "
-                "They are never counted as sure and went on."
-            )
         certainty = None if answers.certainty is None else answers.certainty[:, index]
         evidence = Evidence(logits, problem_type(self.config), certainty, self.config.exit_tolerance)
+        if evidence.is_nan.any():
+            warn_caller(
+                f"the exit after layer {self.config.exit_layers[index]} gave NaN for {evidence.is_nan.sum()} of "
+                f"{len(logits)} rows. They are never counted as sure and went on."
+            )
         return self.policy.leaves(index, evidence)
 
     def _no_answers(self, rows: int) -> RowAnswers:

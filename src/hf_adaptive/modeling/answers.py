@@ -195,8 +195,7 @@ class Leaving:
         leaves = self.policy.leaves(index, evidence)
         last = len(self.exit_layers) - 1
         self.answers.exit_index[self.rows] = torch.where(leaves, index, last)
-        is_nan = evidence.logits[:, -1].isnan().any(dim=-1)
-        leaves, is_nan = torch.stack((leaves, is_nan)).cpu()
+        leaves, is_nan = torch.stack((leaves, evidence.is_nan)).cpu()
         warn_of_nan(self.exit_layers[index], int(is_nan.sum()), len(self.rows))
         self.staying = (~leaves).nonzero().flatten()
 

@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,12 @@ class Evidence:
     def scores(self) -> Array:
         """This exit's logits in float32, `(rows, labels)`."""
         logits = self.logits[:, -1]
-        return logits.astype(np.float32) if isinstance(logits, np.ndarray) else logits.float()
+        return logits.astype(np.float32, copy=False) if isinstance(logits, np.ndarray) else logits.float()
+
+    @cached_property
+    def is_nan(self) -> Array:
+        """For which rows this exit gave NaN, booleans of shape `(rows,)`."""
+        return self.functions.any(self.functions.isnan(self.logits[:, -1]), dim=-1)
 
     @property
     def nobody(self) -> Array:
@@ -325,11 +331,10 @@ class ThresholdPolicy:
 
     def leaves(self, exit_index: int, evidence: Evidence) -> Array:
         """Which rows leave at this exit, booleans of shape `(rows,)`."""
-        threshold, functions = self.thresholds[exit_index], evidence.functions
+        threshold = self.thresholds[exit_index]
         if threshold is None:
             return evidence.nobody
-        answer_is_number = ~functions.any(functions.isnan(evidence.logits[:, -1]), dim=-1)
-        return self.criterion.leaves(self.criterion.signal(evidence), threshold) & answer_is_number
+        return self.criterion.leaves(self.criterion.signal(evidence), threshold) & ~evidence.is_nan
 
 
 @dataclass(frozen=True)
