@@ -154,19 +154,18 @@ class _Rule:
             return disagreement_p_value(worse, num_examples, self.wish.bound)
         return accuracy_drop_p_value(worse, better, num_examples, self.wish.bound, self.delta)
 
-    def examples_needed(self, worse: float, better: float, at_least: int = 1) -> int:
-        """The smallest number of examples on which these rates of changed answers pass; `MOST_EXAMPLES` if none do."""
+    def examples_needed(self, worse: float, better: float, at_least: int = 1, at_most: int = MOST_EXAMPLES) -> int:
+        """The smallest number of examples on which these rates of changed answers pass; `at_most` if none below do."""
 
         def fails(num_examples: int) -> bool:
             counts = math.ceil(worse * num_examples), math.floor(better * num_examples)
             return self.p_value(*counts, num_examples) > self.delta
 
-        enough = at_least
+        too_few, enough = at_least - 1, at_least
         while fails(enough):
-            enough *= 2
-            if enough > MOST_EXAMPLES:
-                return MOST_EXAMPLES
-        too_few = at_least - 1 if enough == at_least else enough // 2
+            if enough >= at_most:
+                return at_most
+            too_few, enough = enough, min(2 * enough, at_most)
         while enough - too_few > 1:
             middle = (enough + too_few) // 2
             too_few, enough = (middle, enough) if fails(middle) else (too_few, middle)
@@ -217,13 +216,15 @@ class _Test:
         None where every such setting changes more than the bound allows, so that more examples would not help.
         """
         count, dearest = self._table.num_examples, WORTHWHILE * self._table.costs[-1].item()
-        wanted = []
+        fewest: int | None = None
         for thresholds in SharedPath(self._table).spread(NUM_SHARED):
             worse, better = self._counts(thresholds)
             risk = worse if self._rule.wish.name == "max_disagreement" else worse - better
             if self._table.measure(thresholds).mean_cost <= dearest and risk < self._rule.wish.bound * count:
-                wanted.append(self._rule.examples_needed(worse / count, better / count, at_least=count))
-        return min(wanted, default=None)
+                # Tests of many examples take long: no setting is asked for more than another one needs.
+                most = MOST_EXAMPLES if fewest is None else fewest
+                fewest = self._rule.examples_needed(worse / count, better / count, at_least=count, at_most=most)
+        return fewest
 
     def _counts(self, thresholds: Thresholds) -> tuple[int, int]:
         taken = take_exits(self._table.scores, thresholds)[:, None]
