@@ -289,6 +289,21 @@ def test_says_how_many_examples_would_do_where_nothing_passes():
     assert more.examples_wanted is None
 
 
+@pytest.mark.parametrize("losses", [32, 36])
+def test_never_says_that_as_many_would_do_as_did_not(losses):
+    """The surest answers lose, all at one threshold, and the least sure ones gain: it fails before it passes."""
+    scores = torch.linspace(1, 0, 4000).repeat(2, 1).T.contiguous()
+    scores[:losses] = 1
+    correct = torch.ones(4000, 2, dtype=torch.bool)
+    correct[:losses, 0] = False
+    correct[-losses:, 1] = False
+    agrees = correct[:, :1] == correct
+    table = ExitTable(scores, agrees, torch.tensor([0.5, 1.0]), correct, lowest_score=0.0)
+    choice = find_guaranteed_thresholds(table, make_wish(max_accuracy_drop=0.01), CONFIDENCE)
+    assert not choice.found
+    assert choice.examples_wanted > 4000
+
+
 def test_more_examples_do_not_help_where_every_saving_costs_too_much():
     table = simulated_exits(2000, seed=1)
     hopeless = ExitTable(torch.zeros_like(table.scores), table.agrees, table.costs, table.correct, lowest_score=0.0)

@@ -213,6 +213,11 @@ def test_says_on_which_side_of_the_threshold_rows_leave():
     assert "exit_thresholds=[0.2, 0.2]" in text
 
 
+def test_thresholds_are_rounded_for_people():
+    text = str(model_card(tiny.model("bert", exit_thresholds=[2 / 3, None])))
+    assert "exit_thresholds=[0.6667, None]" in text
+
+
 def test_labels_do_not_break_the_table(model):
     model.config.id2label = {0: "a|b", 1: "two\nlines", 2: "c"}
     assert r"| classes | a\|b, two lines, c |" in str(model_card(model))

@@ -154,8 +154,8 @@ class _Rule:
             return disagreement_p_value(worse, num_examples, self.wish.bound)
         return accuracy_drop_p_value(worse, better, num_examples, self.wish.bound, self.delta)
 
-    def examples_needed(self, worse: float, better: float, at_least: int = 1, at_most: int = MOST_EXAMPLES) -> int:
-        """The smallest number of examples on which these rates of changed answers pass; `at_most` if none below do."""
+    def examples_needed(self, worse: float, better: float, at_least: int = 1) -> int:
+        """The smallest number of examples on which these rates of changed answers pass; `MOST_EXAMPLES` if none do."""
 
         def fails(num_examples: int) -> bool:
             counts = math.ceil(worse * num_examples), math.floor(better * num_examples)
@@ -163,9 +163,9 @@ class _Rule:
 
         too_few, enough = at_least - 1, at_least
         while fails(enough):
-            if enough >= at_most:
-                return at_most
-            too_few, enough = enough, min(2 * enough, at_most)
+            if enough >= MOST_EXAMPLES:
+                return MOST_EXAMPLES
+            too_few, enough = enough, min(2 * enough, MOST_EXAMPLES)
         while enough - too_few > 1:
             middle = (enough + too_few) // 2
             too_few, enough = (middle, enough) if fails(middle) else (too_few, middle)
@@ -213,18 +213,21 @@ class _Test:
     def examples_wanted(self) -> int | None:
         """About how many examples would let a setting worth having pass, at the rates of changed answers seen here.
 
-        None where every such setting changes more than the bound allows, so that more examples would not help.
+        Settings are tested from the dearest on until one fails, so that all before it have to pass, too. None where
+        one of them changes more than the bound allows, so that more examples would not help; and where all that are
+        looked at here would have passed: one between them did not, and nothing can be said.
         """
         count, dearest = self._table.num_examples, WORTHWHILE * self._table.costs[-1].item()
-        fewest: int | None = None
+        wanted = count
         for thresholds in SharedPath(self._table).spread(NUM_SHARED):
             worse, better = self._counts(thresholds)
             risk = worse if self._rule.wish.name == "max_disagreement" else worse - better
-            if self._table.measure(thresholds).mean_cost <= dearest and risk < self._rule.wish.bound * count:
-                # Tests of many examples take long: no setting is asked for more than another one needs.
-                most = MOST_EXAMPLES if fewest is None else fewest
-                fewest = self._rule.examples_needed(worse / count, better / count, at_least=count, at_most=most)
-        return fewest
+            if risk >= self._rule.wish.bound * count:
+                return None
+            wanted = self._rule.examples_needed(worse / count, better / count, at_least=wanted)
+            if self._table.measure(thresholds).mean_cost <= dearest:
+                return wanted if wanted > count else None
+        return None
 
     def _counts(self, thresholds: Thresholds) -> tuple[int, int]:
         taken = take_exits(self._table.scores, thresholds)[:, None]

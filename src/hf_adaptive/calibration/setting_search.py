@@ -33,9 +33,9 @@ class SharedPath:
         return (self._levels.thresholds[point],) * (self._num_exits - 1)
 
     def spread(self, count: int) -> list[Thresholds]:
-        """At most `count` of the settings, evenly over the path, its first and last among them."""
+        """At most `count` of the settings, evenly over the path and in its order, its first and last among them."""
         last = len(self._levels.thresholds) - 1
-        return [self.setting(point) for point in {round(step * last / (count - 1)) for step in range(count)}]
+        return [self.setting(point) for point in sorted({round(step * last / (count - 1)) for step in range(count)})]
 
     def total(self, values: Tensor) -> Tensor:
         """`(points,)` sum over the examples of `values (examples, exits)` at the exit each takes."""

@@ -256,7 +256,8 @@ def _words(config: Any) -> dict[str, Any]:
     """What the template's sentences need of the configuration."""
     values = config.to_dict()
     criterion = CRITERIA[config.exit_criterion]
-    example = config.exit_thresholds or criterion.example_threshold
+    stored = config.exit_thresholds
+    example = criterion.example_threshold if stored is None else [_rounded(threshold) for threshold in stored]
     return {
         "routing": values.get("exit_routing"),
         "has_branches": any(config.exit_branch_costs),
@@ -268,6 +269,10 @@ def _words(config: Any) -> dict[str, Any]:
         "threshold_range": criterion.threshold_range,
         "example_thresholds": example,
     }
+
+
+def _rounded(threshold: float | None) -> float | None:
+    return None if threshold is None else float(f"{threshold:.4g}")
 
 
 def _facts(config: Any) -> str:
