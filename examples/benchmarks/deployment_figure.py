@@ -15,15 +15,20 @@ if TYPE_CHECKING:
 
 COLORS = {TODAY: "#6b6b6b", SMALLER: "#d9730d", OURS: "#0b6e99"}
 MARKERS = {TODAY: "s", SMALLER: "^", OURS: "o"}
-# What loses more points than this is named under the title, so that the others can be told apart.
-LOWEST = 12.0
-KEY = "“At most 2 points lost” is what thresholds were chosen for, on other texts. No number: slower points of a line."
+# What loses more points than this is named under the title, and bars end so far above the best, so that points can be
+# told apart: two seeds give bars of tens of points.
+LOWEST, HIGHEST = 12.0, 2.5
+KEY = (
+    "“At most 2 points lost” is what thresholds were chosen for, on other texts. No number: slower points of a line.\n"
+    "Bars: 95 % intervals of the mean over seeds, as far as the picture goes."
+)
 
 
 def draw(title: str, points: Sequence["Point"], front: Sequence["Point"], path: Path) -> None:
     """Writes the plot as PNG: numbers stand at the front, and at the fastest point of every other line; a list beside
     it names them."""
-    floor = max(point.accuracy.mean for point in points) - LOWEST
+    best = max(point.accuracy.mean for point in points)
+    floor = best - LOWEST
     below = [point for point in points if point.accuracy.mean < floor]
     points = [point for point in points if point.accuracy.mean >= floor]
     fastest = {point.series: point for point in sorted(points, key=lambda one: one.speed.mean)}
@@ -48,7 +53,7 @@ def draw(title: str, points: Sequence["Point"], front: Sequence["Point"], path: 
     axes.set_xticks([tick for tick in (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if _is_near(tick, points)])
     axes.margins(x=0.15, y=0.1)
     axes.set(xlabel="times as fast as torch fp32, from text to class", ylabel="accuracy, %")
-    axes.set_ylim(bottom=floor - 0.5)
+    axes.set_ylim(bottom=floor - 0.5, top=best + HIGHEST)
     words = [f"{title}: accuracy over speed. {KEY}", *([_outside(below)] if below else [])]
     axes.set_title("\n".join(words), fontsize=9, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
