@@ -55,6 +55,12 @@ def plain_model(name: str = "bert", suffix: str = "ForSequenceClassification", *
     return getattr(transformers, _prefix(name) + suffix)(plain_config(name, **fields)).eval()
 
 
+def cascade(name: str = "bert", depths=EXIT_LAYERS, **fields):
+    """A cascade of stock models of these depths, with random weights."""
+    members = [plain_model(name, num_hidden_layers=depth, **fields) for depth in depths]
+    return hf_adaptive.CascadeForSequenceClassification.from_models(members)
+
+
 def config(name: str = "bert", **fields):
     """A tiny configuration with exits after 1, 2 and 4 layers."""
     values = {**_SIZES, **_FIELDS.get(name, {}), "num_labels": LABELS, "exit_layers": EXIT_LAYERS, **fields}

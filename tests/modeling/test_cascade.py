@@ -37,8 +37,7 @@ DEPTHS = [1, 2, 4]
 
 
 def cascade(name="bert", **fields):
-    models = [tiny.plain_model(name, num_hidden_layers=depth, **fields) for depth in DEPTHS]
-    return CascadeForSequenceClassification.from_models(models)
+    return tiny.cascade(name, DEPTHS, **fields)
 
 
 def mixed_cascade():

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from hf_adaptive import CascadeForSequenceClassification
 from tests import tiny
 from tests.modeling import architectures
 
@@ -41,7 +40,7 @@ def small():
 
 
 def cascade(depths=(1, 2)):
-    return CascadeForSequenceClassification.from_models([tiny.plain_model(num_hidden_layers=n) for n in depths])
+    return tiny.cascade(depths=depths)
 
 
 def assert_same(got, expected) -> None:

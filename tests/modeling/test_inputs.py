@@ -6,15 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_adaptive import CascadeForSequenceClassification
 from tests import tiny
 
 IDS = torch.tensor([[5, 6, 7], [8, 9, 10]])
 MODELS = {
     "exits": tiny.model,
-    "cascade": lambda: CascadeForSequenceClassification.from_models(
-        [tiny.plain_model(num_hidden_layers=depth) for depth in (1, 2)]
-    ),
+    "cascade": lambda: tiny.cascade(depths=(1, 2)),
 }
 BAD_INPUTS = {
     "a list": ({"input_ids": IDS.tolist()}, "input_ids must be a torch.Tensor, got a list.*torch.tensor"),

@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import TrainingArguments
 
 import hf_adaptive
-from hf_adaptive import CascadeForSequenceClassification, ExitReport, calibrate_exits, evaluate_exits
+from hf_adaptive import ExitReport, calibrate_exits, evaluate_exits
 from tests import tiny
 
 ROWS = 12
@@ -23,8 +23,7 @@ MULTI = "multi_label_classification"
 
 
 def cascade(**fields):
-    members = [tiny.plain_model(num_hidden_layers=depth, **fields) for depth in (1, 2)]
-    return CascadeForSequenceClassification.from_models(members)
+    return tiny.cascade(depths=(1, 2), **fields)
 
 
 def papa(**fields):

@@ -94,7 +94,7 @@ def test_a_pickled_adapter_is_refused(checkpoint):
 
 
 def test_own_checkpoints_are_checked_too(tmp_path):
-    cascade = CascadeForSequenceClassification.from_models([tiny.plain_model(num_hidden_layers=n) for n in (1, 2)])
+    cascade = tiny.cascade(depths=(1, 2))
     for model in (tiny.model(), cascade):
         folder = tmp_path / model.config.model_type
         model.save_pretrained(folder)

@@ -13,7 +13,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_adaptive import CascadeForSequenceClassification
 from hf_adaptive.serving import (
     DeadlineExceededError,
     EngineBrokenError,
@@ -24,18 +23,12 @@ from hf_adaptive.serving import (
 )
 from tests import tiny
 
-
-def cascade():
-    members = [tiny.plain_model("bert", num_hidden_layers=depth) for depth in tiny.EXIT_LAYERS]
-    return CascadeForSequenceClassification.from_models(members)
-
-
 MODELS = {
     "bert": tiny.model("bert"),
     "mpnet": tiny.model("mpnet"),
     "learned": tiny.model("roberta", exit_criterion="learned"),
     "patience": tiny.model("bert", exit_criterion="patience"),
-    "cascade": cascade(),
+    "cascade": tiny.cascade(),
 }
 
 

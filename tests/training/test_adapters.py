@@ -8,7 +8,7 @@ from datasets import Dataset
 
 import hf_adaptive
 from hf_adaptive import AutoModelForSequenceClassificationWithExits as WithExits
-from hf_adaptive import CascadeForSequenceClassification, ExitsTrainer, calibrate_exits
+from hf_adaptive import ExitsTrainer, calibrate_exits
 from hf_adaptive.hub import model_card
 from tests import tiny
 from tests.hub.test_model_card import REPORT, snippets
@@ -94,14 +94,8 @@ def test_a_calibrated_adapter_keeps_its_thresholds(plain, tmp_path):
     assert torch.equal(answers(again).nan_to_num(7), answers(own).nan_to_num(7))
 
 
-def cascade():
-    return CascadeForSequenceClassification.from_models(
-        [tiny.plain_model("bert", num_hidden_layers=depth) for depth in (1, 2, 4)]
-    )
-
-
 def test_an_adapter_of_a_cascade_is_trained_and_reloads_to_the_same_answers(tmp_path):
-    own = with_adapter(cascade(), target_modules=["query", "value"])
+    own = with_adapter(tiny.cascade(), target_modules=["query", "value"])
     before = {key: tensor.clone() for key, tensor in own.state_dict().items()}
     trainer(own, tmp_path / "run", Rows(), kind=ExitsTrainer, max_steps=2, learning_rate=1e-2).train()
     changed = {key for key, tensor in own.state_dict().items() if not torch.equal(tensor, before[key])}
@@ -111,7 +105,7 @@ def test_an_adapter_of_a_cascade_is_trained_and_reloads_to_the_same_answers(tmp_
         assert len(heads) == 2
         assert any(f"members.{member}." in key and ".lora_" in key for key in changed)
     own.eval().save_pretrained(tmp_path / "adapter")
-    again = peft.PeftModel.from_pretrained(cascade(), tmp_path / "adapter").eval()
+    again = peft.PeftModel.from_pretrained(tiny.cascade(), tmp_path / "adapter").eval()
     torch.testing.assert_close(answers(again), answers(own))
     with own.disable_adapter():
         assert not torch.equal(answers(own), answers(again))

@@ -8,7 +8,7 @@ from datasets import Dataset
 from torch.nn import functional
 from transformers import DataCollatorWithPadding
 
-from hf_adaptive import CascadeForSequenceClassification, ExitDistillation, ExitsTrainer, add_teacher_logits
+from hf_adaptive import ExitDistillation, ExitsTrainer, add_teacher_logits
 from tests import tiny
 from tests.training.test_trainer import ROWS, KeepsGradients, Rows, trainer
 
@@ -157,10 +157,7 @@ def test_a_teacher_model_and_its_logits_in_the_data_teach_alike(tmp_path):
 
 
 def cascade(**fields):
-    none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, **fields}
-    return CascadeForSequenceClassification.from_models(
-        [tiny.plain_model("bert", num_hidden_layers=depth, **none) for depth in (1, 2, 4)]
-    )
+    return tiny.cascade(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **fields)
 
 
 @pytest.mark.parametrize(
